@@ -1,0 +1,83 @@
+"""The composition root: argv → serve | doctor | create-admin. Alone imports the plugins."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import uvloop
+
+from plugins import apps, billing, devices, notify, users
+from server.app import open_beside
+from server.clock import SystemRandomness
+from server.config import ConfigFault, Configuration, load
+from server.doctor import examine
+from server.errors import Problem
+from server.observe import configure_logging
+from server.plugin import Plugin, PluginFault, in_order
+from server.serve import START_FAULTS, serve
+
+Plugins = tuple[Plugin, ...]
+
+PLUGINS = (users.PLUGIN, notify.PLUGIN, billing.PLUGIN, devices.PLUGIN, apps.PLUGIN)
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; 2 is the exit code for a configuration that cannot be used."""
+    chosen = _parser().parse_args(arguments)
+    configure_logging()
+    try:
+        plugins = in_order(PLUGINS)
+        configuration = load(chosen.config, plugins)
+    except (ConfigFault, PluginFault) as fault:
+        print(f"cloudphone: {fault}", file=sys.stderr)
+        return 2
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code: int = runner.run(chosen.act(configuration, plugins, chosen))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m server", description="Cloudphone: phones in a browser.")
+    parser.add_argument(
+        "--config", type=Path, help="the configuration file (default: config.toml beside the code)"
+    )
+    parser.set_defaults(act=_serve)
+    commands = parser.add_subparsers(metavar="command")
+    for name, act, purpose in (
+        ("doctor", _doctor, "check what the server needs, a line each"),
+        ("create-admin", _create_admin, "create or promote an administrator"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("--config", type=Path, default=argparse.SUPPRESS)
+        command.set_defaults(act=act)
+    admin = commands.choices["create-admin"]
+    admin.add_argument("--email", required=True)
+    admin.add_argument(
+        "--password-stdin", action="store_true", help="read the new account's password from stdin"
+    )
+    return parser
+
+
+async def _serve(configuration: Configuration, plugins: Plugins, _chosen: argparse.Namespace) -> int:
+    return await serve(configuration, plugins)
+
+
+async def _doctor(configuration: Configuration, plugins: Plugins, _chosen: argparse.Namespace) -> int:
+    return await examine(configuration, plugins)
+
+
+async def _create_admin(configuration: Configuration, _plugins: Plugins, chosen: argparse.Namespace) -> int:
+    password = sys.stdin.readline().rstrip("\n") if chosen.password_stdin else None
+    try:
+        async with open_beside(configuration) as database:
+            await database.migrate("users", users.PLUGIN.migrations)
+            print(await users.create_admin(database, SystemRandomness(), chosen.email, password))
+    except (*START_FAULTS, Problem) as fault:
+        print(f"cloudphone: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

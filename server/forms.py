@@ -1,0 +1,58 @@
+"""A page's form: read it, act, and either move on or show it again with what was wrong."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from server.errors import Code, Problem
+from server.i18n import pick_locale, translate
+from server.pages import render
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def submit(
+    request: web.Request,
+    model: type[Model],
+    act: Callable[[Model], Awaitable[str]],
+    template: str,
+    context: Mapping[str, object],
+) -> web.StreamResponse:
+    """Check the posted fields against `model` and go to the address `act` returns (303).
+
+    A field that does not fit, or a Problem that `act` raises, shows `template` again with `errors`
+    (field → sentence, "" for the whole form), `values` and the problem's status.
+    """
+    fields = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
+    fields.pop("csrf_token", None)
+    locale = pick_locale(request)
+    try:
+        if any("\x00" in value for value in fields.values()):
+            raise Problem(Code.MALFORMED)
+        address = await act(model.model_validate(fields))
+    except ValidationError as error:
+        errors = _sentences(error, locale)
+        return _again(request, template, context, errors, fields, Code.INVALID.status)
+    except Problem as problem:
+        errors = dict(problem.errors) or {"": translate(locale, problem.detail, problem.params)}
+        return _again(request, template, context, errors, fields, problem.code.status)
+    raise web.HTTPSeeOther(address)
+
+
+def _sentences(error: ValidationError, locale: str) -> dict[str, str]:
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    return {str(one["loc"][0]) if one["loc"] else "": translate(locale, one["msg"]) for one in found}
+
+
+def _again(
+    request: web.Request,
+    template: str,
+    context: Mapping[str, object],
+    errors: Mapping[str, str],
+    values: Mapping[str, Any],
+    status: int,
+) -> web.Response:
+    kept = {name: value for name, value in values.items() if "password" not in name}
+    return render(request, template, {**context, "errors": errors, "values": kept}, status=status)

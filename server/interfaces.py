@@ -1,0 +1,161 @@
+"""The hallway: what plugins promise each other.
+
+Keys are declared here once and imported: two AppKeys of equal names are not equal. A method that
+writes takes the caller's transaction first, so that a ledger entry, a device's row and a
+notification commit together.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Protocol
+from uuid import UUID
+
+from aiohttp import web
+
+from server.auth import Caller
+from server.clock import Clock, Randomness
+from server.config import Configuration
+from server.db import Database, Tx
+from server.events import Events
+from server.jobs import Jobs
+from server.sockets import Sockets
+from server.storage import Storage
+
+DATABASE: Final = web.AppKey("DATABASE", Database)
+STORAGE: Final = web.AppKey("STORAGE", Storage)
+CLOCK: Final = web.AppKey("CLOCK", Clock)
+RANDOMNESS: Final = web.AppKey("RANDOMNESS", Randomness)
+EVENTS: Final = web.AppKey("EVENTS", Events)
+JOBS: Final = web.AppKey("JOBS", Jobs)
+SOCKETS: Final = web.AppKey("SOCKETS", Sockets)
+DATA_DIR: Final = web.AppKey("DATA_DIR", Path)
+CONFIGURATION: Final = web.AppKey("CONFIGURATION", Configuration)
+SECRET_KEY: Final = web.AppKey("SECRET_KEY", str)
+OWN_URL: Final[web.AppKey[Callable[[], str]]] = web.AppKey("OWN_URL")
+"""Where this server listens, for requests it sends to itself; known once it listens."""
+
+
+class Topic(StrEnum):
+    """What a notification is about."""
+
+    DEVICE_STATE = "device.state"
+    APP_INSTALLATION = "app.installation"
+    BILLING_ORDER = "billing.order"
+    BILLING_BALANCE = "billing.balance"
+    ACCOUNT_SECURITY = "account.security"
+    SYSTEM = "system"
+
+
+@dataclass(frozen=True)
+class UserRegistered:
+    """An account was made; published by users in the transaction that made it."""
+
+    user_id: UUID
+
+
+@dataclass(frozen=True)
+class DeviceStopped:
+    """A phone no longer runs, for whatever reason; published by devices."""
+
+    device_id: UUID
+    owner_id: UUID
+
+
+@dataclass(frozen=True)
+class DeviceDeleted:
+    """A phone is gone for good; published by devices."""
+
+    device_id: UUID
+    owner_id: UUID
+
+
+class Directory(Protocol):
+    """Who has an account; provided by users."""
+
+    async def administrators(self, tx: Tx) -> list[UUID]:
+        """The active administrators."""
+
+
+class Notifier(Protocol):
+    """Tells a user something, now and for ever; provided by notify."""
+
+    async def publish(
+        self,
+        tx: Tx,
+        user_id: UUID,
+        topic: Topic,
+        title: str,
+        body: str,
+        *,
+        params: Mapping[str, object] | None = None,
+        data: Mapping[str, object] | None = None,
+    ) -> None:
+        """Store a notification in the caller's transaction; it is streamed once that commits.
+
+        `title` and `body` are N_() messages with `{names}` from `params`, translated for each reader.
+        `data` is for programs and goes out as it is.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """What a charge took and what it left, in minor units."""
+
+    amount: int
+    balance_after: int
+
+
+class Ledger(Protocol):
+    """Users' money, in minor units of one currency; provided by billing."""
+
+    currency: str
+
+    async def lock_balance(self, tx: Tx, user_id: UUID) -> int:
+        """The user's balance, which nobody else can change until the transaction ends."""
+
+    async def charge(
+        self, tx: Tx, user_id: UUID, amount: int, *, kind: str, reference: str, partial: bool = False
+    ) -> Charged:
+        """Take `amount` from the user.
+
+        Raises Problem(insufficient_balance) where the balance is smaller, unless `partial`: then what
+        there is is taken, and `Charged.amount` says how much that was.
+        """
+
+
+class PhoneLink(Protocol):
+    """A running phone's ADB connection, as far as other plugins use it."""
+
+    async def exec_out(self, command: str, *, timeout_s: float) -> bytes:
+        """The raw output of a command."""
+
+    async def install(self, apk: AsyncIterator[bytes], size_bytes: int, *, timeout_s: float) -> None:
+        """Stream an APK into the phone's package manager."""
+
+
+@dataclass(frozen=True, slots=True)
+class RentedPhone:
+    """What other plugins may know of a device."""
+
+    id: UUID
+    owner_id: UUID
+    name: str
+    running: bool
+
+
+class Phones(Protocol):
+    """Access to rented phones; provided by devices."""
+
+    async def rented(self, caller: Caller, device_id: UUID) -> RentedPhone:
+        """The caller's device. Raises Problem(not_found)."""
+
+    async def link(self, device_id: UUID) -> PhoneLink:
+        """The device's connection. Raises Problem(device_not_running)."""
+
+
+DIRECTORY: Final = web.AppKey("DIRECTORY", Directory)
+NOTIFIER: Final = web.AppKey("NOTIFIER", Notifier)
+LEDGER: Final = web.AppKey("LEDGER", Ledger)
+PHONES: Final = web.AppKey("PHONES", Phones)

@@ -1,0 +1,87 @@
+"""What operators and programs ask of the host itself: health, readiness, metrics, the API's description."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from server.api import API_PREFIX, Route
+from server.interfaces import DATABASE, STORAGE
+from server.observe import METRICS, metrics_response
+from server.openapi import by_tag, describe
+from server.pages import render, set_language
+from server.plugin import Check
+
+VERSION = "0.1.0"
+CHECK_DEADLINE_S = 2.5
+
+
+async def _ask_database(app: web.Application) -> None:
+    await app[DATABASE].ping()
+
+
+async def _ask_storage(app: web.Application) -> None:
+    await app[STORAGE].ping()
+
+
+CORE_CHECKS = (
+    Check("database", _ask_database, "start PostgreSQL, or look into data_dir/logs"),
+    Check("storage", _ask_storage, "start the S3 server, or look into data_dir/logs"),
+)
+
+
+async def failure_of(app: web.Application, check: Check) -> str | None:
+    """Why a check fails now, or None when it does not."""
+    try:
+        async with asyncio.timeout(CHECK_DEADLINE_S):
+            await check.ask(app)
+    except TimeoutError:
+        return "no answer in time"
+    except Exception as error:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+def add_operations(app: web.Application, routes: Sequence[Route], checks: Sequence[Check]) -> None:
+    """Route everything here."""
+    document = describe(routes, VERSION)
+    encoded = orjson.dumps(document)
+
+    async def openapi(_request: web.Request) -> web.Response:
+        return web.Response(body=encoded, content_type="application/json", charset="utf-8")
+
+    async def docs(request: web.Request) -> web.Response:
+        return render(request, "docs.html", {"operations": by_tag(document), "version": VERSION})
+
+    app.router.add_get("/healthz", _healthz)
+    app.router.add_get("/readyz", _readyz((*CORE_CHECKS, *checks)))
+    app.router.add_get("/metrics", _metrics)
+    app.router.add_get(f"{API_PREFIX}/openapi.json", openapi)
+    app.router.add_get("/api/docs", docs)
+    app.router.add_post("/language", set_language)
+
+
+async def _healthz(_request: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return metrics_response(request.app[METRICS])
+
+
+def _readyz(checks: Sequence[Check]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def readyz(request: web.Request) -> web.Response:
+        failures = await asyncio.gather(*(failure_of(request.app, check) for check in checks))
+        parts: dict[str, Any] = {}
+        for check, failure in zip(checks, failures, strict=True):
+            parts[check.name] = {"state": "ok"} if failure is None else {"state": "down", "detail": failure}
+        ready = not any(failures)
+        return web.json_response(
+            {"status": "ok" if ready else "down", "parts": parts},
+            status=200 if ready else 503,
+            headers={} if ready else {"Retry-After": "5"},
+        )
+
+    return readyz

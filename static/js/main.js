@@ -1,0 +1,20 @@
+// What every page runs.
+
+import { startActions } from "./actions.js";
+import { startBadges } from "./badges.js";
+import { startCopying } from "./copy.js";
+import { startLive } from "./live.js";
+import { startMenus } from "./menus.js";
+import { localiseTimes } from "./times.js";
+import { toast } from "./toast.js";
+
+localiseTimes(document);
+startActions();
+startCopying();
+startMenus();
+
+if (document.body.dataset.stream) {
+  startBadges();
+  document.addEventListener("notification", ({ detail }) => toast(detail.title, detail.body));
+  startLive();
+}

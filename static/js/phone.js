@@ -1,0 +1,67 @@
+// The page of one phone: follows its state and starts what the page is made of.
+
+import { call } from "./api.js";
+import { setState } from "./badges.js";
+import { startPhoneApps } from "./phone-apps.js";
+import { startScreen } from "./screen.js";
+import { startShell } from "./shell.js";
+import { text } from "./strings.js";
+import { toast } from "./toast.js";
+
+const page = document.getElementById("phone");
+const id = page.dataset.deviceId;
+const api = `/api/v1/devices/${id}`;
+const screen = startScreen(api);
+const apps = startPhoneApps(api, id, () => screen.refreshSoon());
+startShell(api, () => screen.refreshSoon());
+
+function show(state, detail) {
+  const before = page.dataset.state;
+  page.dataset.state = state;
+  for (const badge of page.querySelectorAll('.state[data-kind="device"]')) setState(badge, state);
+  for (const part of page.querySelectorAll("[data-when]")) {
+    part.hidden = !part.dataset.when.split(" ").includes(state);
+  }
+  const notice = page.querySelector("[data-state-notice]");
+  notice.hidden = !detail;
+  notice.firstElementChild.className = `notice ${state === "failed" ? "error" : "info"}`;
+  notice.querySelector("[data-state-detail]").textContent = detail ?? "";
+  screen.follow(state);
+  if (state === "running" && (before !== "running" || !apps.started)) apps.refresh();
+}
+
+function showPorts(ports) {
+  const block = page.querySelector("[data-ports]");
+  block.hidden = !ports;
+  page.querySelector("[data-no-ports]").hidden = Boolean(ports);
+  if (!ports) return;
+  block.querySelector("[data-copy-source]").textContent = `adb connect ${block.dataset.adbHost}:${ports.adb}`;
+  for (const place of block.querySelectorAll("[data-port]")) place.textContent = ports[place.dataset.port];
+}
+
+function gone() {
+  toast(text("deleted"), "", "success");
+  location.assign("/devices");
+}
+
+async function refresh() {
+  try {
+    const device = await call("GET", api, undefined, { quiet: true });
+    show(device.state, device.state_detail);
+    showPorts(device.ports);
+  } catch (problem) {
+    if (problem.status === 404) gone();
+  }
+}
+
+page.addEventListener("done", (event) => {
+  if (event.detail?.state) show(event.detail.state, event.detail.state_detail);
+});
+document.addEventListener("device.state", ({ detail: { data } }) => {
+  if (data.device_id !== id) return;
+  if (data.state === "deleted") gone();
+  else refresh();
+});
+// What happened between the making of the page and the first live message is asked for once.
+document.addEventListener("live", refresh);
+show(page.dataset.state, page.querySelector("[data-state-detail]").textContent);

@@ -1,0 +1,204 @@
+"""A whole server inside the test's own process, on the real database and storage of the tests."""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDictProxy
+
+from server.__main__ import PLUGINS
+from server.app import build
+from server.config import load
+from server.plugin import in_order
+from tests.servers import Servers
+
+PASSWORD = "correct horse battery"
+_NUMBERS = itertools.count(1)
+_PORTS_PER_WORKER = 900
+
+
+def port_ranges() -> dict[str, object]:
+    """Phones' ports that no other test worker uses."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20000 + worker * _PORTS_PER_WORKER
+    return {
+        "adb_ports": [first, first + 299],
+        "webrtc_ports": [first + 300, first + 599],
+        "scrcpy_ports": [first + 600, first + 899],
+    }
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, read to its end."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON; None where there is none."""
+        return json.loads(self.body) if self.body else None
+
+    @property
+    def code(self) -> str:
+        """The problem's code."""
+        return str(self.json["code"])
+
+
+class Client:
+    """Somebody who calls the API; with a token where signed in."""
+
+    def __init__(self, house: "House", session: Mapping[str, Any] | None = None) -> None:
+        self._house = house
+        self.session = dict(session or {})
+        self.user: dict[str, Any] = self.session.get("user", {})
+        self.token: str = self.session.get("access_token", "")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What says who is calling."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    async def call(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> Reply:
+        """Call the API under /api/v1, or a page when the path says so by a leading `//`."""
+        url = self._house.url + (path[1:] if path.startswith("//") else f"/api/v1{path}")
+        async with self._house.http.request(
+            method, url, headers={**self.headers, **(headers or {})}, allow_redirects=False, **more
+        ) as response:
+            return Reply(response.status, response.headers, await response.read())
+
+    async def get(self, path: str, **more: Any) -> Reply:
+        """GET."""
+        return await self.call("GET", path, **more)
+
+    async def post(self, path: str, json: object = None, **more: Any) -> Reply:
+        """POST JSON, or nothing."""
+        return await self.call("POST", path, **({"json": json} if json is not None else {}), **more)
+
+    async def patch(self, path: str, json: object, **more: Any) -> Reply:
+        """PATCH JSON."""
+        return await self.call("PATCH", path, json=json, **more)
+
+    async def delete(self, path: str, **more: Any) -> Reply:
+        """DELETE."""
+        return await self.call("DELETE", path, **more)
+
+    async def socket(self, path: str, **more: Any) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket of the API; the house closes it."""
+        url = f"{self._house.url}/api/v1{path}"
+        return await self._house.http.ws_connect(
+            url, headers={**self.headers, **more.pop("headers", {})}, **more
+        )
+
+
+class House:
+    """A running server: where it is, and how to call it."""
+
+    def __init__(self, configuration_file: Path) -> None:
+        self._file = configuration_file
+        self._runner: web.AppRunner | None = None
+        self.http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self.url = ""
+
+    @classmethod
+    async def open(cls, servers: Servers, folder: Path, sections: Mapping[str, Mapping[str, object]]) -> Self:
+        """Start with a fresh database and bucket and the given sections of config.toml."""
+        folder.mkdir()
+        database_url = await servers.new_database()
+        bucket = await servers.new_bucket()
+        merged: dict[str, dict[str, object]] = {
+            "server": {"port": 0, "shutdown_grace_s": 2},
+            "database": {"url": database_url},
+            "storage": {
+                "endpoint_url": servers.endpoint_url,
+                "bucket": bucket,
+                "access_key": servers.access_key,
+                "secret_key": servers.secret_key,
+            },
+            "devices": {"runtime": "simulated", **port_ranges()},
+        }
+        for name, section in sections.items():
+            merged.setdefault(name, {}).update(section)
+        file = folder / "config.toml"
+        file.write_text("".join(f"{name} = {_toml(section)}\n" for name, section in merged.items()))
+        house = cls(file)
+        await house.start()
+        return house
+
+    @property
+    def app(self) -> web.Application:
+        """The application inside."""
+        assert self._runner is not None
+        return self._runner.app
+
+    async def start(self) -> None:
+        """Start the server on what the last one left."""
+        plugins = in_order(PLUGINS)
+        app = build(load(self._file, plugins), plugins, own_url=lambda: self.url)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=2)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        """Stop the server in order; phones go on."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def restart(self) -> None:
+        """Stop, and start again on the same database, storage and data_dir."""
+        await self.stop()
+        await self.start()
+
+    async def close(self) -> None:
+        """Stop and remove whatever phones are left."""
+        await self.http.close()
+        try:
+            await self.stop()
+        finally:
+            await remove_phones(self._file.parent / "data")
+
+    @property
+    def anyone(self) -> Client:
+        """Somebody who is not signed in."""
+        return Client(self)
+
+    async def sign_up(self, email: str | None = None) -> Client:
+        """A new account's client."""
+        email = email or f"user{next(_NUMBERS)}@example.com"
+        reply = await self.anyone.post("/auth/register", {"email": email, "password": PASSWORD})
+        assert reply.status == 201, reply.body
+        return Client(self, reply.json)
+
+
+async def remove_phones(data_dir: Path) -> None:
+    """End every simulated phone under a data directory, as its runtime would."""
+    from phones.simulated import SimulatedRuntime
+
+    if not (data_dir / "phones").exists():
+        return
+    runtime = SimulatedRuntime(data_dir / "phones")
+    await runtime.open()
+    for phone in await runtime.list():
+        await runtime.remove(phone.id)
+    await runtime.close()
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
