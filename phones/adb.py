@@ -131,7 +131,7 @@ class AdbClient:
             async with asyncio.timeout(deadline_s):
                 reader, writer = await asyncio.open_connection(host, port, limit=READ_BUFFER_BYTES)
                 connection = Connection(reader, writer, role="host", banner=_BANNER, services=services)
-                running = asyncio.create_task(connection.run())
+                running = connection.start()
                 await connection.greeted()
             return cls(connection, running)
         except BaseException as fault:

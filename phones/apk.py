@@ -30,6 +30,7 @@ MAX_ENTRIES: Final = 20_000
 MAX_DIRECTORY_BYTES: Final = 4 << 20
 MAX_MANIFEST_BYTES: Final = 4 << 20
 MAX_RESOURCES_BYTES: Final = 64 << 20
+MAX_MANIFEST_DEPTH: Final = 64
 MAX_ICON_BYTES: Final = 4 << 20
 MAX_ICON_PIXELS: Final = 2048 * 2048
 MAX_ICON_CANDIDATES: Final = 24
@@ -48,6 +49,8 @@ _PERMISSION: Final = re.compile(r"[\w.-]{1,255}", re.ASCII)
 _NATIVE_LIBRARY: Final = re.compile(r"lib/([\w-]{1,32})/[^/]+\.so", re.ASCII)
 _REFERENCE: Final = re.compile(r"[@?](?:android:)?[0-9A-Fa-f]{8}")
 _BIDI_CONTROLS: Final = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Binary XML: the start and the end of a namespace, and of an element.
+_NESTING: Final = {0x0100: 1, 0x0101: -1, 0x0102: 1, 0x0103: -1}
 # Preview versions name themselves by a word, which became this API level.
 _CODENAMES: Final = {
     "L": 21, "M": 23, "N": 24, "O": 26, "P": 28, "Q": 29, "R": 30, "S": 31, "Sv2": 32, "Tiramisu": 33,
@@ -259,6 +262,7 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 def _parse_manifest(content: bytes) -> Any:
     """The manifest's root element, as lxml has it."""
+    _check_depth(content)
     _silence_parsers()
     from pyaxmlparser.axmlprinter import AXMLPrinter
 
@@ -266,6 +270,17 @@ def _parse_manifest(content: bytes) -> Any:
     if root is None or root.tag != "manifest":
         raise InvalidApk("its AndroidManifest.xml cannot be read")
     return root
+
+
+def _check_depth(content: bytes) -> None:
+    """Refuse what nests deeper than any real manifest: the parser's time grows with its square."""
+    place, depth = 8, 0
+    while place + 8 <= len(content):
+        kind, _, size = struct.unpack_from("<HHI", content, place)
+        depth += _NESTING.get(kind, 0)
+        if depth > MAX_MANIFEST_DEPTH:
+            raise InvalidApk("its AndroidManifest.xml is nested too deeply")
+        place += max(size, 8)
 
 
 def _silence_parsers() -> None:

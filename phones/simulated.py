@@ -124,11 +124,8 @@ class SimulatedRuntime:
     async def start(self, spec: PhoneSpec) -> None:
         """Start the phone's process and wait until it listens. Raises PortTaken, RuntimeFault."""
         async with self._lock(spec.id):
-            running = self._phones.get(spec.id)
-            if running is not None and running.settled:
+            if await self._runs(spec.id):
                 return
-            if running is not None:
-                await self._kill(running)
             async with self._starting:
                 await self._start(spec)
 
@@ -140,7 +137,7 @@ class SimulatedRuntime:
     async def wipe(self, phone_id: str) -> None:
         """Empty a stopped phone's directory. Raises RuntimeFault where the phone runs."""
         async with self._lock(phone_id):
-            if phone_id in self._phones:
+            if await self._runs(phone_id):
                 raise RuntimeFault("a running phone cannot be wiped")
             await self._on_disk(self._empty_directory, phone_id)
 
@@ -203,6 +200,14 @@ class SimulatedRuntime:
         return self._locks.setdefault(phone_id, asyncio.Lock())
 
     # --- Processes ------------------------------------------------------------------------------
+
+    async def _runs(self, phone_id: str) -> bool:
+        """Whether the phone is up; what is left of a start that was broken off is ended."""
+        phone = self._phones.get(phone_id)
+        if phone is None or phone.settled:
+            return phone is not None
+        await self._kill(phone)
+        return False
 
     async def _start(self, spec: PhoneSpec) -> None:
         await self._on_disk(self._prepare_directory, spec)
@@ -318,9 +323,11 @@ class SimulatedRuntime:
 
     def _options(self, command: CommandLine) -> dict[str, str]:
         """The options of a phone's command line; none where it is that of another program."""
-        if command[: len(self._command)] != self._command:
+        # Whatever the interpreter: it may have been replaced while the phone runs on.
+        start = len(self._command)
+        if command[1:start] != self._command[1:]:
             return {}
-        pairs = (argument.removeprefix("--").partition("=") for argument in command[len(self._command) :])
+        pairs = (argument.removeprefix("--").partition("=") for argument in command[start:])
         return {name: value for name, _, value in pairs}
 
     async def _kill_unless_it_answers(self, phone: _Phone, turn: asyncio.Semaphore) -> None:
@@ -353,6 +360,8 @@ class SimulatedRuntime:
 
     def _tidy(self) -> None:
         self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A phone is known by this path: it must not depend on the way here.
+        self._dir = self._dir.resolve()
         for trash in self._dir.glob(f"{_TRASH}*"):
             shutil.rmtree(trash)
 

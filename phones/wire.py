@@ -29,7 +29,7 @@ _CLOSING_S = 1.0
 _MIN_PAYLOAD = 4096
 _WRITE_BUFFER_BYTES = 4 << 20
 # Replies to a peer that asks without reading; bulk data never gets this far.
-_WRITE_BUFFER_MAX_BYTES = 4 * _WRITE_BUFFER_BYTES
+_WRITE_BUFFER_MAX_BYTES = 2 * _WRITE_BUFFER_BYTES
 # What may wait for readers on one connection, over all its streams.
 _UNREAD_MAX_BYTES = 64 << 20
 _PACKETS_PER_TURN = 64
@@ -215,7 +215,7 @@ class Stream:
 
 
 class Connection:
-    """One ADB connection. Its owner runs `run()` in a task and cancels that task to close it.
+    """One ADB connection. Its owner calls `start()` and cancels the task it returns to close it.
 
     `banner` is what we say of ourselves; `services` finds what serves the streams the peer opens,
     of which there are at most `streams_max` at once.
@@ -254,24 +254,12 @@ class Connection:
         """Whether the connection is gone for good."""
         return self._fault is not None
 
-    async def run(self) -> None:
-        """Serve the connection until the peer goes or breaks the protocol, or until cancelled."""
-        fault: AdbFault = AdbUnreachable("the connection was closed")
-        try:
-            if self._role == "host":
-                self._greet()
-            await self._read_packets()
-        except AdbFault as broken:
-            fault = broken
-            log.debug("adb connection dropped: %s", broken)
-        except (OSError, asyncio.IncompleteReadError):
-            fault = AdbUnreachable("the other side closed the connection")
-        finally:
-            self._fault = fault
-            self._greeted.set()
-            self._end_streams(fault)
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self._hang_up()
+    def start(self) -> asyncio.Task[None]:
+        """Serve the connection in a task that ends when the peer goes or breaks the protocol."""
+        running = asyncio.create_task(self._run())
+        # Also a task that is cancelled before its first step must not leave the socket open.
+        running.add_done_callback(lambda _: self._writer.transport.abort())
+        return running
 
     async def greeted(self) -> None:
         """Wait for the peer's greeting. Raises AdbFault when none comes."""
@@ -320,6 +308,26 @@ class Connection:
     def forget(self, stream: Stream) -> None:
         """Let go of a stream that is closed."""
         self._streams.pop(stream.local_id, None)
+
+    async def _run(self) -> None:
+        fault: AdbFault = AdbUnreachable("the connection was closed")
+        try:
+            if self._role == "host":
+                self._greet()
+            await self._read_packets()
+        except AdbFault as broken:
+            fault = broken
+            log.debug("adb connection dropped: %s", broken)
+        except (OSError, asyncio.IncompleteReadError):
+            fault = AdbUnreachable("the other side closed the connection")
+        finally:
+            self._fault = fault
+            self._greeted.set()
+            self._end_streams(fault)
+            try:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            finally:
+                await self._hang_up()
 
     async def _read_packets(self) -> None:
         deadline_s = _GREETING_S if self._role == "device" else None
@@ -383,7 +391,7 @@ class Connection:
         name = payload.removesuffix(b"\0").decode("utf-8", "surrogateescape")
         if remote_id == 0:
             raise AdbGarbled("a stream without a number")
-        service = self._services(name) if len(self._tasks) < self._streams_max else None
+        service = self._services(name) if self._has_room() else None
         if service is None:
             self.send(Command.CLSE, 0, remote_id)
             return
@@ -393,6 +401,10 @@ class Connection:
         stream.task = asyncio.create_task(self._serve(stream, service))
         self._tasks.add(stream.task)
         stream.task.add_done_callback(self._tasks.discard)
+
+    def _has_room(self) -> bool:
+        serving = sum(not task.cancelling() for task in self._tasks)
+        return serving < self._streams_max and len(self._tasks) < 2 * self._streams_max
 
     async def _serve(self, stream: Stream, service: Service) -> None:
         try:
@@ -453,11 +465,9 @@ class Connection:
 
     async def _hang_up(self) -> None:
         self._writer.close()
-        try:
+        with suppress(TimeoutError, OSError):
             async with asyncio.timeout(_CLOSING_S):
                 await self._writer.wait_closed()
-        except (TimeoutError, OSError):
-            self._writer.transport.abort()
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

@@ -14,8 +14,8 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from types import NoneType
-from typing import Annotated, Any, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import orjson
 from aiohttp import web
@@ -81,7 +81,7 @@ class Page(Outgoing, Generic[Item]):
 class Answer:
     """An answer whose status differs from the declared one."""
 
-    model: Outgoing
+    model: BaseModel
     status: int
 
 
@@ -110,7 +110,7 @@ class Route:
     tag: str
     body: type[BaseModel] | None
     query: type[BaseModel] | None
-    answer: Any
+    answer: type[BaseModel] | None
     path_types: dict[str, type]
     wanted: tuple[str, ...]
 
@@ -122,7 +122,12 @@ class Route:
     @property
     def summary(self) -> str:
         """The first line of the handler's docstring."""
-        return (inspect.getdoc(self.handler) or "").partition("\n")[0]
+        return self.description.partition("\n")[0]
+
+    @property
+    def description(self) -> str:
+        """The handler's whole docstring."""
+        return inspect.getdoc(self.handler) or ""
 
     @property
     def creates(self) -> bool:
@@ -199,7 +204,7 @@ class Routes:
                     tag=self.tag,
                     body=hints.get("body"),
                     query=hints.get("query"),
-                    answer=answer,
+                    answer=_model_of(answer),
                     path_types={part: hints[part] for part in parts if part in hints},
                     wanted=wanted,
                 )
@@ -207,6 +212,13 @@ class Routes:
             return handler
 
         return declare
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model among what a handler may return."""
+    choices = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    models = [choice for choice in choices if inspect.isclass(choice) and issubclass(choice, BaseModel)]
+    return models[0] if models else None
 
 
 def endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -5,7 +5,6 @@ closes what had opened.
 """
 
 import asyncio
-import base64
 import hashlib
 import os
 import socket
@@ -63,7 +62,7 @@ def build(
     clock: Clock | None = None,
     randomness: Randomness | None = None,
 ) -> web.Application:
-    """The application, not yet started. `own_url` says where it listens, once it does."""
+    """The application, not yet started. `own_url` says where it listens, once it does. Blocks briefly."""
     clock, randomness = clock or SystemClock(), randomness or SystemRandomness()
     metrics = Metrics()
     section = configuration.server
@@ -101,7 +100,7 @@ def _cookie_storage(configuration: Configuration, secret_key: str) -> EncryptedC
     key = hashlib.sha256(b"session cookie" + secret_key.encode()).digest()
     secure = configuration.server.public_url.startswith("https://")
     return EncryptedCookieStorage(
-        base64.urlsafe_b64encode(key),
+        key,
         cookie_name="__Host-cloudphone" if secure else "cloudphone",
         max_age=COOKIE_MAX_AGE_S,
         httponly=True,

@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 
 from server.errors import Code, Problem
 from server.i18n import N_
+from server.request_keys import CALLER, PAGE_CSRF
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION_ID = "sid"
@@ -70,7 +71,7 @@ async def authenticate(request: web.Request, access: Access, *, is_socket: bool)
     if bearer and cookie and bearer.user_id != cookie.user_id:
         raise Problem(Code.AMBIGUOUS_CREDENTIALS)
     caller = bearer or ticket or cookie
-    request["caller"] = caller
+    request[CALLER] = caller
     if caller is cookie or caller is None:
         await _refuse_foreign_pages(request, signed_in=cookie is not None, is_socket=is_socket)
     if access is not Access.PUBLIC and caller is None:
@@ -107,7 +108,7 @@ async def _cookie_caller(request: web.Request) -> Caller | None:
     if not request.headers.get(hdrs.COOKIE):
         return None
     session = await aiohttp_session.get_session(request)
-    request["csrf_token"] = session.get(CSRF_TOKEN, "")
+    request[PAGE_CSRF] = session.get(CSRF_TOKEN, "")
     session_id = session.get(SESSION_ID)
     if session_id is None:
         return None
@@ -130,7 +131,7 @@ async def _refuse_foreign_pages(request: web.Request, *, signed_in: bool, is_soc
         raise Problem(Code.CSRF, N_("The request does not say which site it came from."))
     if unsafe and signed_in:
         sent = request.headers.get("X-CSRF-Token") or await _form_token(request)
-        expected = request["csrf_token"]
+        expected = request[PAGE_CSRF]
         if not expected or not hmac.compare_digest(sent.encode(), expected.encode()):
             raise Problem(Code.CSRF, N_("Reload the page and try again."))
 

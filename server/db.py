@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import orjson
@@ -90,6 +91,7 @@ _AWAY = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ClientConfigurationError,
 )
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 _CLOSED = ("closed", "closing", "released back to the pool")
 
 
@@ -151,10 +153,23 @@ def _server_settings(application_name: str) -> dict[str, str]:
     }
 
 
+def _ssl(url: str) -> bool | None:
+    """False for this machine, unless the URL asks for TLS: asyncpg would look for keys in the home
+    folder, blocking, at each connection. None leaves it to asyncpg."""
+    try:
+        parts = urlsplit(url)
+        query = parse_qs(parts.query)
+        host = query.get("host", [parts.hostname or ""])[0]
+    except ValueError:
+        return None
+    return False if host in _THIS_MACHINE and "sslmode" not in query else None
+
+
 async def _connect(url: str, application_name: str) -> "Connection":
     with _translated():
         return await asyncpg.connect(
             url,
+            ssl=_ssl(url),
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=ANSWER_TIMEOUT_S,
             server_settings=_server_settings(application_name),
@@ -278,6 +293,7 @@ class Database:
                 url,
                 min_size=min(2, pool_size),
                 max_size=pool_size,
+                ssl=_ssl(url),
                 timeout=CONNECT_TIMEOUT_S,
                 command_timeout=ANSWER_TIMEOUT_S,
                 init=_set_codecs,

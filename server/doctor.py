@@ -82,7 +82,7 @@ def _port(configuration: Configuration) -> _Finding:
 
 async def _parts(configuration: Configuration, plugins: Sequence[Plugin]) -> list[_Finding]:
     """Open the doors alone, as a start would, and ask every check."""
-    app = build(configuration, (), own_url=lambda: "doctor")
+    app = await asyncio.to_thread(build, configuration, (), own_url=lambda: "doctor")
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
     try:
         await runner.setup()

@@ -44,6 +44,7 @@ LONGEST_PAUSE_S = 5.0
 STEADY_S = 60.0  # a child that ran this long failed anew, not again
 
 _PR_SET_PDEATHSIG = 1
+_OUR_PROBE = "the database system is starting up"
 _WHY = re.compile(r"FATAL|PANIC|^F\d{4} |rror:|could not|cannot|denied|No space")
 
 
@@ -261,7 +262,7 @@ def fault(name: str, what: str, log_file: Path, offset: int = 0) -> EmbeddedFaul
     with log_file.open("rb") as lines:
         lines.seek(offset)
         said = [line.decode(errors="replace").strip() for line in lines.read(1 << 20).splitlines()]
-    said = [line for line in said if line]
+    said = [line for line in said if line and _OUR_PROBE not in line]
     reason = next((line for line in said if _WHY.search(line)), said[-1] if said else "it said nothing")
     return EmbeddedFault(f"{name} {what}: {reason} (log: {log_file})")
 

@@ -70,6 +70,7 @@ class _Place:
 
     home: Path
     binaries: Path
+    major: int
     account: Account | None
     password: str
     tcp_port: int
@@ -159,7 +160,7 @@ class EmbeddedPostgres:
         with output:
             process = await spawn(
                 Command(
-                    _initdb(place.binaries, fresh, password_file),
+                    _initdb(place, fresh, password_file),
                     cwd=fresh,
                     environment=_ENVIRONMENT,
                     account=place.account,
@@ -215,7 +216,8 @@ def _settle(data_dir: Path) -> _Place:
     if not _socket_fits(cluster):
         state["tcp_port"] = free_ports(1, [state["tcp_port"]] if state["tcp_port"] else ())[0]
     keep(state_file, state)
-    return _Place(home, _usable_binaries(cluster), _account(cluster), state["password"], state["tcp_port"])
+    binaries, major = _usable_binaries(cluster)
+    return _Place(home, binaries, major, _account(cluster), state["password"], state["tcp_port"])
 
 
 def _socket_fits(cluster: Path) -> bool:
@@ -258,30 +260,30 @@ def _prepare_folder(fresh: Path, password_file: Path, place: _Place) -> None:
             os.chown(path, place.account.uid, place.account.gid)
 
 
-def _initdb(binaries: Path, cluster: Path, password_file: Path) -> list[str]:
+def _initdb(place: _Place, cluster: Path, password_file: Path) -> list[str]:
     # Letters of every language fold by PostgreSQL's own rules where it has some (17 and later),
     # not by those of whatever C library the machine carries.
-    has_builtin = _major(binaries) >= 17
-    locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
+    builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
     return [
-        str(binaries / "initdb"),
+        str(place.binaries / "initdb"),
         f"--pgdata={cluster}",
         f"--username={USER}",
         "--auth=scram-sha-256",
         f"--pwfile={password_file}",
         "--encoding=UTF8",
-        *(locale if has_builtin else ["--locale=C.UTF-8"]),
+        *(builtin if place.major >= 17 else ["--locale=C.UTF-8"]),
         "--no-instructions",
     ]
 
 
-def _usable_binaries(cluster: Path) -> Path:
-    """The bin folder that fits the cluster, in a place the account it runs as can reach."""
+def _usable_binaries(cluster: Path) -> tuple[Path, int]:
+    """The bin folder that fits the cluster, where the account it runs as can reach it; its version."""
     version_file = cluster / "PG_VERSION"
     wanted = int(version_file.read_text()) if version_file.exists() else None
     for binaries in _binaries():
-        if wanted is None or _major(binaries) == wanted:
-            return _public_copy(binaries) if os.geteuid() == 0 else binaries
+        major = _major(binaries)
+        if wanted in (None, major):
+            return (_public_copy(binaries) if os.geteuid() == 0 else binaries), major
     raise EmbeddedFault(
         f"{cluster} was made by PostgreSQL {wanted}, which is not installed"
         if wanted

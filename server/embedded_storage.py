@@ -79,9 +79,15 @@ class EmbeddedStorage:
         self._sockets = [SOCKETS / f"seaweedfs-{part}-grpc-{grpc}.sock" for part, (_, grpc) in ports.items()]
         s3_port = ports["s3"][0]
         command = Command(
-            _arguments(_weed(), folder, ports),
+            _arguments(await asyncio.to_thread(_weed), folder, ports),
             cwd=folder,
-            environment={"PATH": "/usr/bin:/bin", "HOME": str(folder), "GOMEMLIMIT": MEMORY_LIMIT},
+            environment={
+                "PATH": "/usr/bin:/bin",
+                "HOME": str(folder),
+                "GOMEMLIMIT": MEMORY_LIMIT,
+                # One volume file at a time instead of seven: a small disk has room for few.
+                "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
+            },
         )
         await self._child.start(command, lambda: _answers(s3_port))
         return StorageAccess(f"http://127.0.0.1:{s3_port}", state["access_key"], state["secret_key"])

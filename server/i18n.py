@@ -39,6 +39,8 @@ LOCALES = ("en", "zh_CN")
 LOCALE_COOKIE = "locale"
 
 _ROOT = Path(__file__).resolve().parent.parent
+# Given a name instead, Babel looks at the disk on each call.
+_BABEL = {locale: Locale.parse(locale) for locale in LOCALES}
 _MOST_MONEY = 10**15
 _PLACEHOLDER = re.compile(r"%\((\w+)\)[sd]|\{(\w+)[^{}]*\}")
 
@@ -86,7 +88,7 @@ def pick_locale(request: web.Request) -> str:
 def money(amount_minor: int, currency: str, locale: str) -> str:
     """An amount in minor units (cents, fen) as the reader writes it: `CN¥10.00`, `¥10.00`."""
     amount = Decimal(amount_minor).scaleb(-get_currency_precision(currency))
-    return format_currency(amount, currency, locale=locale)
+    return format_currency(amount, currency, locale=_BABEL[locale])
 
 
 def major_units(amount_minor: int, currency: str) -> str:
@@ -100,7 +102,7 @@ def parse_money(text: str, currency: str, locale: str) -> int:
     Raises ValueError where it is no number, or finer than the currency's smallest coin.
     """
     try:
-        amount = parse_decimal(text.strip(), locale=locale).scaleb(get_currency_precision(currency))
+        amount = parse_decimal(text.strip(), locale=_BABEL[locale]).scaleb(get_currency_precision(currency))
     except (ArithmeticError, ValueError) as error:
         raise ValueError(f"not an amount of money: {text!r}") from error
     if not amount.is_finite() or abs(amount) >= _MOST_MONEY:
@@ -114,25 +116,25 @@ def parse_money(text: str, currency: str, locale: str) -> int:
 def moment(at: datetime, locale: str) -> str:
     """A point in time in UTC, to the minute. Pages show it until the browser puts it in local time."""
     utc = at.astimezone(UTC)
-    return f"{format_date(utc, locale=locale)} {utc:%H:%M} UTC"
+    return f"{format_date(utc, locale=_BABEL[locale])} {utc:%H:%M} UTC"
 
 
 def file_size(size_bytes: int, locale: str) -> str:
     """A size in decimal units, to three figures at most: `850 byte`, `12.3 MB`."""
     size = float(size_bytes)
     if size < 1000:
-        return format_unit(size_bytes, "digital-byte", "short", locale=locale)
+        return format_unit(size_bytes, "digital-byte", "short", locale=_BABEL[locale])
     for unit in ("kilobyte", "megabyte", "gigabyte"):
         size /= 1000
         if size < 999.5 or unit == "gigabyte":
             break
-    number = format_decimal(size, "#,##0.#" if size < 100 else "#,##0", locale=locale)
-    return format_unit(number, f"digital-{unit}", "short", locale=locale)
+    number = format_decimal(size, "#,##0.#" if size < 100 else "#,##0", locale=_BABEL[locale])
+    return format_unit(number, f"digital-{unit}", "short", locale=_BABEL[locale])
 
 
 def duration(seconds: float, locale: str) -> str:
     """A length of time in its largest fitting unit: `3 hours`."""
-    return format_timedelta(timedelta(seconds=seconds), threshold=1, locale=locale)
+    return format_timedelta(timedelta(seconds=seconds), threshold=1, locale=_BABEL[locale])
 
 
 class _Missing:
@@ -188,7 +190,6 @@ def _translations(locale: str) -> gettext.NullTranslations:
 
 def _load_locale(locale: str) -> None:
     """Make Babel read its files about a locale now, not in the middle of a request."""
-    Locale.parse(locale)
     money(0, "CNY", locale)
     moment(datetime.now(UTC), locale)
     file_size(1234, locale)
@@ -198,7 +199,7 @@ def _load_locale(locale: str) -> None:
 def _extract() -> Catalog:
     """Every message the source has now."""
     found = Catalog(project="cloudphone", charset="utf-8")
-    python = {"N_": None, "translate": (2,), "ngettext": (2, 3)}
+    python = {"N_": None, "ngettext": (2, 3)}
     template = {"_": None, "gettext": None, "ngettext": (1, 2)}
     for folder, pattern, method, keywords in (
         ("server", "**.py", "python", python),
@@ -220,16 +221,15 @@ def extract() -> None:
     source = _extract()
     for locale in _translated_locales():
         catalogue = _read_catalogue(locale)
-        created = catalogue.creation_date
         catalogue.update(source, no_fuzzy_matching=True)
-        catalogue.creation_date = created
         catalogue.obsolete.clear()
         for message in catalogue:
             message.locations = [(path, 0) for path in sorted({path for path, _ in message.locations})]
         path = _catalogue_path(locale)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            write_po(file, catalogue, width=100, sort_output=True, include_lineno=False)
+            # A header would hold nothing but dates, and change with each run.
+            write_po(file, catalogue, width=100, omit_header=True, sort_output=True, include_lineno=False)
 
 
 def complaints() -> Iterator[str]:

@@ -125,11 +125,23 @@ class Ledger(Protocol):
         """
 
 
+class ShellAnswer(Protocol):
+    """What a command on a phone answered."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 to 255."""
+
+    @property
+    def stdout(self) -> bytes:
+        """All it wrote."""
+
+
 class PhoneLink(Protocol):
     """A running phone's ADB connection, as far as other plugins use it."""
 
-    async def exec_out(self, command: str, *, timeout_s: float) -> bytes:
-        """The raw output of a command."""
+    async def shell(self, command: str, *, timeout_s: float) -> ShellAnswer:
+        """Run a command to its end."""
 
     async def install(self, apk: AsyncIterator[bytes], size_bytes: int, *, timeout_s: float) -> None:
         """Stream an APK into the phone's package manager."""

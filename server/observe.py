@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from server.clock import Clock, Randomness
+from server.request_keys import REQUEST_ID
 
 log: Final = logging.getLogger("cloudphone")
 
@@ -55,7 +56,8 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 def request_id_of(request: web.Request) -> str:
     """The id under which this request is logged and answered."""
-    return str(request.get("request_id", ""))
+    request_id: str = request.get(REQUEST_ID, "")
+    return request_id
 
 
 class Metrics:
@@ -102,7 +104,7 @@ def observing(metrics: Metrics, clock: Clock, randomness: Randomness) -> Middlew
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request_id = request["request_id"] = randomness.token(12)
+        request_id = request[REQUEST_ID] = randomness.token(12)
         token = _REQUEST_ID.set(request_id)
         started = clock.monotonic()
         status = 500

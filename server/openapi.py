@@ -1,6 +1,5 @@
 """The API's own description (OpenAPI 3.1), generated from the route declarations."""
 
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -68,21 +67,16 @@ def _models(routes: Sequence[Route]) -> set[tuple[type[BaseModel], Any]]:
     for route in routes:
         if route.body:
             found.add((route.body, "validation"))
-        if answer := _answer_model(route):
-            found.add((answer, "serialization"))
+        if route.answer:
+            found.add((route.answer, "serialization"))
     return found
-
-
-def _answer_model(route: Route) -> type[BaseModel] | None:
-    answer = route.answer
-    return answer if inspect.isclass(answer) and issubclass(answer, BaseModel) else None
 
 
 def _operation(route: Route, schemas: Any) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.operation,
         "summary": route.summary,
-        "description": inspect.getdoc(route.handler) or "",
+        "description": route.description,
         "tags": [route.tag],
         "parameters": _parameters(route),
         "responses": _responses(route, schemas),
@@ -118,8 +112,9 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
 
 def _responses(route: Route, schemas: Any) -> dict[str, Any]:
     success: dict[str, Any] = {"description": route.summary}
-    if model := _answer_model(route):
-        success["content"] = {"application/json": {"schema": schemas[(model, "serialization")]}}
+    if route.answer:
+        schema = schemas[(route.answer, "serialization")]
+        success["content"] = {"application/json": {"schema": schema}}
     elif route.media:
         success["content"] = {route.media: {}}
     if route.location:

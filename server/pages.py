@@ -8,11 +8,11 @@ with the same field names) and answers
 The comment at the top of each template names exactly what it wants; a name it does not get is an
 error (StrictUndefined), not a blank. Every page gets these besides:
 
-- `caller`: `request.get("caller")`, an object with `user_id`, `email`, `display_name`, `role`, or None;
-- `csrf_token`: `request.get("csrf_token", "")`; every form that posts carries it as the field
+- `caller`: `request.get(CALLER)`, an object with `user_id`, `email`, `display_name`, `role`, or None;
+- `csrf_token`: `request.get(PAGE_CSRF, "")`; every form that posts carries it as the field
   `csrf_token`, the modules in static/js send it as the header `X-CSRF-Token`;
-- `flashes`: `request.get("flashes", [])`, each `{"kind": "success"|"error"|"info", "message": str}`,
-  already in the reader's language;
+- `flashes`: none, unless the page's own context gives a list of
+  `{"kind": "success"|"error"|"warning"|"info", "message": str}` in the reader's language;
 - `locale`, `path` (the request's path and query);
 - `page_facts`: what the plugins know about the caller for the header of every page. A plugin's
   lifespan adds a function that answers from memory: `app[PAGE_CONTEXT].append(facts_of_page)`,
@@ -51,6 +51,7 @@ from aiohttp import web
 from markupsafe import Markup, escape
 
 from server import i18n
+from server.request_keys import CALLER, PAGE_CSRF
 
 PageFacts = Callable[[web.Request], Mapping[str, object]]
 
@@ -118,9 +119,9 @@ def render(
     for facts in request.app[PAGE_CONTEXT]:
         page_facts.update(facts(request))
     common = {
-        "caller": request.get("caller"),
-        "csrf_token": request.get("csrf_token", ""),
-        "flashes": request.get("flashes", []),
+        "caller": request.get(CALLER),
+        "csrf_token": request.get(PAGE_CSRF, ""),
+        "flashes": [],
         "locale": locale,
         "path": request.path_qs,
         "page_facts": page_facts,

@@ -37,7 +37,7 @@ async def serve(configuration: Configuration, plugins: Sequence[Plugin]) -> int:
         section = configuration.server
         return _refuse(f"cannot listen on {section.host} port {section.port}: {error.strerror}")
     url = _url(listener)
-    app = build(configuration, plugins, own_url=lambda: url)
+    app = await asyncio.to_thread(build, configuration, plugins, own_url=lambda: url)
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, shutdown_timeout=configuration.server.shutdown_grace_s
     )

@@ -8,11 +8,11 @@ is away comes out as StorageUnavailable, an absent key as ObjectMissing.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aioboto3
 import aiohttp
@@ -85,26 +85,43 @@ def _translated(key: str = "") -> Iterator[None]:
         raise StorageUnavailable(f"storage does not answer: {reason}") from error
 
 
-def _warm_up(session: aioboto3.Session) -> None:
-    """Read botocore's service descriptions, megabytes of JSON, into the session's cache.
+def _make_client(endpoint_url: str, access_key: str, secret_key: str, region: str) -> "S3Client":
+    """A client ready for use in any loop. Blocking: botocore reads megabytes of JSON.
 
-    In a thread with a loop of its own: making a client is a coroutine that reads files.
+    Making one is a coroutine, but with given keys it waits for nothing, so it runs without a loop.
     """
-
-    async def make_one() -> None:
-        async with session.client("s3") as client:
-            client.get_paginator("list_objects_v2")
-
-    asyncio.run(make_one())
+    is_local = urlsplit(endpoint_url).hostname in {"127.0.0.1", "localhost", "::1"}
+    config = AioConfig(
+        signature_version="s3v4",
+        s3={"addressing_style": "path"} if endpoint_url else {},
+        retries={"mode": "standard", "total_max_attempts": 2},
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=PART_TIMEOUT_S,
+        max_pool_connections=CONNECTIONS,
+        proxies={} if is_local else None,  # a proxy of the environment cannot reach this machine
+        # The signature covers the body already; a second checksum costs a pass over each part.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session = aioboto3.Session(
+        aws_access_key_id=access_key, aws_secret_access_key=secret_key, region_name=region
+    )
+    opening = session.client("s3", endpoint_url=endpoint_url or None, config=config).__aenter__()
+    try:
+        opening.send(None)
+    except StopIteration as done:
+        client: S3Client = done.value
+        return client
+    opening.close()
+    raise RuntimeError("making an S3 client waited for something")
 
 
 class Storage:
     """One bucket, through one client for the whole process."""
 
-    def __init__(self, client: "S3Client", bucket: str, stack: AsyncExitStack) -> None:
+    def __init__(self, client: "S3Client", bucket: str) -> None:
         self._client = client
         self._bucket = bucket
-        self._stack = stack
         self._removals: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -123,28 +140,11 @@ class Storage:
         Tries for `patience_s`, since a server that has just started lists before it writes.
         Raises StorageUnavailable with the last reason.
         """
-        session = aioboto3.Session(
-            aws_access_key_id=access_key or None,
-            aws_secret_access_key=secret_key or None,
-            region_name=region,
-        )
-        await asyncio.to_thread(_warm_up, session)
-        config = AioConfig(
-            signature_version="s3v4",
-            s3={"addressing_style": "path"} if endpoint_url else {},
-            retries={"mode": "standard", "total_max_attempts": 2},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=PART_TIMEOUT_S,
-            max_pool_connections=CONNECTIONS,
-            # The signature covers the body already; a second checksum costs a pass over each part.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        stack = AsyncExitStack()
-        client = await stack.enter_async_context(
-            session.client("s3", endpoint_url=endpoint_url or None, config=config)
-        )
-        storage = cls(client, bucket, stack)
+        if not access_key or not secret_key:
+            raise StorageUnavailable("storage.access_key and storage.secret_key are needed")
+        with _translated():
+            client = await asyncio.to_thread(_make_client, endpoint_url, access_key, secret_key, region)
+        storage = cls(client, bucket)
         try:
             await storage._become_ready(region, patience_s)
         except BaseException:
@@ -158,7 +158,7 @@ class Storage:
         while True:
             try:
                 await self._make_bucket(region)
-                await self.put(".probe", b"", "application/octet-stream")
+                await self.put(".probe", b"probe", "text/plain")  # an empty one needs no volume
                 await self.delete(".probe")
                 return
             except StorageUnavailable:
@@ -200,11 +200,10 @@ class Storage:
         with _translated(key):
             async with asyncio.timeout(PART_TIMEOUT_S):
                 answer = await self._client.get_object(Bucket=self._bucket, Key=key)
-                async with answer["Body"] as body:
+                async with (body := answer["Body"]):
                     if answer["ContentLength"] > limit_bytes:
                         raise ObjectTooLarge(f"{key} has {answer['ContentLength']} bytes")
-                    content: bytes = await body.read()
-                    return content
+                    return await body.read()
 
     async def head(self, key: str) -> int | None:
         """The object's size in bytes, or None where there is none."""
@@ -242,11 +241,11 @@ class Storage:
                 if _code(error) == "InvalidRange":
                     raise ValueError(f"{key} has no byte {start}") from error
                 raise
-        async with answer["Body"] as body:
+        async with (body := answer["Body"]):
             while True:
                 with _translated():
                     async with asyncio.timeout(PART_TIMEOUT_S):
-                        piece: bytes = await body.read(CHUNK_BYTES)
+                        piece = await body.read(CHUNK_BYTES)
                 if not piece:
                     return
                 yield piece
@@ -384,7 +383,7 @@ class Storage:
         """Finish removing what broken uploads left, then let go of the connections."""
         if self._removals:
             await asyncio.wait(self._removals, timeout=CALL_TIMEOUT_S)
-        await self._stack.aclose()
+        await self._client.close()
 
 
 def _last(end: int | None) -> str:

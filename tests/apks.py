@@ -117,6 +117,15 @@ def lying_sizes(unpacked_bytes: int = 64 << 20) -> bytes:
     return _packed_zeros("AndroidManifest.xml", unpacked_bytes, declared_bytes=1000)
 
 
+def slow_resources(unpacked_bytes: int = 60 << 20) -> bytes:
+    """A small APK that takes seconds to read: its string table claims a string for every four bytes."""
+    pool = struct.pack("<HHI5I", _STRING_POOL, 28, unpacked_bytes, unpacked_bytes // 4 - 7, 0, _UTF8, 28, 0)
+    table = struct.pack("<HHII", _TABLE, 12, 12 + unpacked_bytes, 1)
+    members = unpack(build_apk())
+    members["resources.arsc"] = table + pool + bytes(unpacked_bytes - len(pool))
+    return build_zip(members)
+
+
 def many_entries(count: int = 200_000) -> bytes:
     """An archive with `count` empty files and an honest end record (ZIP64 where the count needs it)."""
     apk = build_apk()

@@ -1,13 +1,19 @@
 """What every test gets: no blocking call on the event loop, and a house of its own for the asking."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
 
+from server.__main__ import PLUGINS
+from server.plugin import Plugin
 from tests.house import House
+from tests.realadb import RealAdb
 from tests.servers import Servers
+from tests.servers import database as database
+from tests.servers import servers as servers
+from tests.servers import storage as storage
 
 Open = Callable[..., Awaitable[House]]
 
@@ -24,8 +30,8 @@ async def open_house(servers: Servers, tmp_path: Path) -> AsyncIterator[Open]:
     """Start servers with a configuration of one's own: `await open_house(devices={"max_per_user": 1})`."""
     houses: list[House] = []
 
-    async def open_one(**sections: dict[str, object]) -> House:
-        house = await House.open(servers, tmp_path / f"house{len(houses)}", sections)
+    async def open_one(plugins: Sequence[Plugin] = PLUGINS, **sections: dict[str, object]) -> House:
+        house = await House.open(servers, tmp_path / f"house{len(houses)}", sections, plugins)
         houses.append(house)
         return house
 
@@ -38,3 +44,10 @@ async def open_house(servers: Servers, tmp_path: Path) -> AsyncIterator[Open]:
 async def house(open_house: Open) -> House:
     """A running server with the default configuration."""
     return await open_house()
+
+
+@pytest.fixture
+async def real_adb(tmp_path: Path) -> AsyncIterator[RealAdb]:
+    """The genuine adb with a server of its own."""
+    async with RealAdb.started(tmp_path) as adb:
+        yield adb

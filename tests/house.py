@@ -1,9 +1,10 @@
 """A whole server inside the test's own process, on the real database and storage of the tests."""
 
+import asyncio
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +13,10 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
-from server.__main__ import PLUGINS
+from phones.simulated import SimulatedRuntime
 from server.app import build
 from server.config import load
-from server.plugin import in_order
+from server.plugin import Plugin, in_order
 from tests.servers import Servers
 
 PASSWORD = "correct horse battery"
@@ -83,7 +84,9 @@ class Client:
 
     async def post(self, path: str, json: object = None, **more: Any) -> Reply:
         """POST JSON, or nothing."""
-        return await self.call("POST", path, **({"json": json} if json is not None else {}), **more)
+        if json is not None:
+            more["json"] = json
+        return await self.call("POST", path, **more)
 
     async def patch(self, path: str, json: object, **more: Any) -> Reply:
         """PATCH JSON."""
@@ -93,25 +96,34 @@ class Client:
         """DELETE."""
         return await self.call("DELETE", path, **more)
 
-    async def socket(self, path: str, **more: Any) -> aiohttp.ClientWebSocketResponse:
+    async def socket(self, path: str, **more: Any) -> aiohttp.ClientWebSocketResponse[Any]:
         """Open a WebSocket of the API; the house closes it."""
+        headers = {**self.headers, **more.pop("headers", {})}
         url = f"{self._house.url}/api/v1{path}"
-        return await self._house.http.ws_connect(
-            url, headers={**self.headers, **more.pop("headers", {})}, **more
+        socket: aiohttp.ClientWebSocketResponse[Any] = await self._house.http.ws_connect(
+            url, headers=headers, **more
         )
+        return socket
 
 
 class House:
     """A running server: where it is, and how to call it."""
 
-    def __init__(self, configuration_file: Path) -> None:
+    def __init__(self, configuration_file: Path, plugins: Sequence[Plugin]) -> None:
         self._file = configuration_file
+        self._plugins = in_order(plugins)
         self._runner: web.AppRunner | None = None
         self.http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         self.url = ""
 
     @classmethod
-    async def open(cls, servers: Servers, folder: Path, sections: Mapping[str, Mapping[str, object]]) -> Self:
+    async def open(
+        cls,
+        servers: Servers,
+        folder: Path,
+        sections: Mapping[str, Mapping[str, object]],
+        plugins: Sequence[Plugin],
+    ) -> Self:
         """Start with a fresh database and bucket and the given sections of config.toml."""
         folder.mkdir()
         database_url = await servers.new_database()
@@ -125,13 +137,14 @@ class House:
                 "access_key": servers.access_key,
                 "secret_key": servers.secret_key,
             },
-            "devices": {"runtime": "simulated", **port_ranges()},
         }
+        if any(plugin.name == "devices" for plugin in plugins):
+            merged["devices"] = {"runtime": "simulated", **port_ranges()}
         for name, section in sections.items():
             merged.setdefault(name, {}).update(section)
         file = folder / "config.toml"
         file.write_text("".join(f"{name} = {_toml(section)}\n" for name, section in merged.items()))
-        house = cls(file)
+        house = cls(file, plugins)
         await house.start()
         return house
 
@@ -143,8 +156,8 @@ class House:
 
     async def start(self) -> None:
         """Start the server on what the last one left."""
-        plugins = in_order(PLUGINS)
-        app = build(load(self._file, plugins), plugins, own_url=lambda: self.url)
+        configuration = await asyncio.to_thread(load, self._file, self._plugins)
+        app = await asyncio.to_thread(build, configuration, self._plugins, own_url=lambda: self.url)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=2)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -185,11 +198,7 @@ class House:
 
 async def remove_phones(data_dir: Path) -> None:
     """End every simulated phone under a data directory, as its runtime would."""
-    from phones.simulated import SimulatedRuntime
-
-    if not (data_dir / "phones").exists():
-        return
-    runtime = SimulatedRuntime(data_dir / "phones")
+    runtime = await asyncio.to_thread(SimulatedRuntime, data_dir / "phones")
     await runtime.open()
     for phone in await runtime.list():
         await runtime.remove(phone.id)

@@ -1,7 +1,7 @@
 """The least that a simulated phone's process does: listens, announces itself, waits for SIGTERM.
 
 Its `--name` tells it how to misbehave: `stillborn` ends at once, `mute` never listens, `stubborn` ignores
-SIGTERM, `noisy` prints two megabytes.
+SIGTERM, `noisy` prints two megabytes, `slow` takes a while before it listens.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 
@@ -25,6 +26,8 @@ def main() -> None:
         sys.stdout.write("x" * (2 << 20))
     if options.name == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.name == "slow":
+        time.sleep(0.5)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if options.name != "mute":

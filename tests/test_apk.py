@@ -188,6 +188,16 @@ async def test_a_bomb_is_refused_quickly(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+async def test_a_manifest_nested_without_end_is_refused_quickly(tmp_path: Path) -> None:
+    deep: apks.Element = ("manifest", {"package": "com.example.app"}, [])
+    for _ in range(200):
+        deep = ("manifest", {"package": "com.example.app"}, [deep])
+    began = time.monotonic()
+    manifest = apks.build_axml(deep)
+    assert "nested" in await refusal_of(apks.build_zip({"AndroidManifest.xml": manifest}), tmp_path)
+    assert time.monotonic() - began < 5
+
+
 async def test_references_that_run_in_circles_do_no_harm(tmp_path: Path) -> None:
     members = apks.unpack(apks.build_apk(by_reference=True))
     string = bytes([8, 0, 0, 3])  # a Res_value that is a string; 1 makes it a reference
@@ -200,21 +210,27 @@ async def test_references_that_run_in_circles_do_no_harm(tmp_path: Path) -> None
 
 
 async def test_reading_ends_at_its_deadline_and_leaves_no_child(tmp_path: Path) -> None:
+    slow = await asyncio.to_thread(apks.slow_resources)
+    began = time.monotonic()
     with pytest.raises(InvalidApk, match="too long"):
-        await facts_of(apks.build_apk(), tmp_path, deadline_s=0.03)
+        await facts_of(slow, tmp_path, deadline_s=0.4)
+    assert time.monotonic() - began < 2
     assert await asyncio.to_thread(children_reading, tmp_path) == []
 
 
 async def test_a_cancelled_reading_leaves_no_child(tmp_path: Path) -> None:
-    reading = asyncio.create_task(facts_of(apks.build_apk(), tmp_path))
+    slow = await asyncio.to_thread(apks.slow_resources)
+    reading = asyncio.create_task(facts_of(slow, tmp_path))
     async with asyncio.timeout(10):
         while True:
             if await asyncio.to_thread(children_reading, tmp_path):
                 break
             await asyncio.sleep(0)
+    cancelled_at = time.monotonic()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
+    assert time.monotonic() - cancelled_at < 2
     assert await asyncio.to_thread(children_reading, tmp_path) == []
 
 

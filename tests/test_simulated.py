@@ -78,11 +78,11 @@ def pids_below(data_dir: Path) -> list[int]:
     return sorted(process.pid for process in found)
 
 
-async def until_spawned(data_dir: Path) -> None:
-    """Return once a phone's process is there, listening or not."""
+async def until_processes(data_dir: Path, count: int) -> None:
+    """Return once so many phones have a process, listening or not."""
     async with asyncio.timeout(10):
         while True:
-            if await asyncio.to_thread(pids_below, data_dir):
+            if len(await asyncio.to_thread(pids_below, data_dir)) == count:
                 return
             await asyncio.sleep(0.02)
 
@@ -183,13 +183,15 @@ asyncio.run(main())
 
 async def test_phones_outlive_a_killed_server_and_keep_their_ports(data_dir: Path) -> None:
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CONTROLLER, str(data_dir), LOOPBACK, stdout=asyncio.subprocess.PIPE, cwd=ROOT
-    )
+        sys.executable, "-c", CONTROLLER, str(data_dir), LOOPBACK,
+        stdout=asyncio.subprocess.PIPE, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
     assert server.stdout is not None
     async with asyncio.timeout(20):
         ids = json.loads(await server.stdout.readline())
     before = await asyncio.to_thread(pids_below, data_dir)
-    server.kill()
+    # The whole group, as a terminal or a service manager would do it.
+    os.killpg(server.pid, signal.SIGKILL)
     await server.wait()
     async with opened(data_dir) as runtime:
         found = await runtime.list()
@@ -239,11 +241,20 @@ async def test_a_process_that_only_has_the_number_of_a_phone_is_left_alone(data_
         await stranger.wait()
 
 
+async def test_the_phones_of_another_installation_are_left_alone(data_dir: Path) -> None:
+    spec = new_spec()
+    async with opened(data_dir / "one") as one, opened(data_dir / "two") as other:
+        await one.start(spec)
+        assert await other.list() == []
+        await other.remove(spec.id)
+        assert await one.list() == [running(spec)]
+
+
 async def test_an_adopted_phone_that_does_not_answer_is_ended(data_dir: Path) -> None:
     spec = new_spec("mute")
     async with opened(data_dir) as runtime:
         start = asyncio.create_task(runtime.start(spec))
-        await until_spawned(data_dir)
+        await until_processes(data_dir, 1)
         # Closed midway, as by a crash: the start below no longer holds the process.
         await runtime.close()
         async with opened(data_dir) as successor:
@@ -264,6 +275,21 @@ async def test_a_port_of_another_program_is_named(runtime: SimulatedRuntime) -> 
     assert refusal.value.port == spec.ports.scrcpy
     assert await runtime.inspect(spec.id) == stopped(spec)
     await runtime.start(spec)
+
+
+async def test_a_port_taken_while_the_phone_comes_up_is_named(
+    runtime: SimulatedRuntime, data_dir: Path
+) -> None:
+    spec = new_spec("slow")
+    start = asyncio.create_task(runtime.start(spec))
+    await until_processes(data_dir, 1)
+    with socket.socket() as foreign:
+        foreign.bind((LOOPBACK, spec.ports.adb))
+        foreign.listen()
+        with pytest.raises(PortTaken) as refusal:
+            await start
+    assert refusal.value.port == spec.ports.adb
+    assert await runtime.inspect(spec.id) == stopped(spec)
 
 
 async def test_a_dying_phone_is_heard_of_and_can_be_started_again(
@@ -323,10 +349,11 @@ async def test_a_phone_that_never_listens_is_ended_at_its_deadline(data_dir: Pat
 async def test_a_cancelled_start_leaves_no_process(runtime: SimulatedRuntime, data_dir: Path) -> None:
     spec = new_spec("mute")
     start = asyncio.create_task(runtime.start(spec))
-    await until_spawned(data_dir)
+    await until_processes(data_dir, 1)
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
+    await until_processes(data_dir, 0)
     await runtime.start(replace(spec, name="phone"))
     assert len(await asyncio.to_thread(pids_below, data_dir)) == 1
 

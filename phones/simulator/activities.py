@@ -140,8 +140,8 @@ class Activities:
         component = app.package.component
         self._system_log(
             "ActivityTaskManager",
-            f"START u0 {{act=android.intent.action.MAIN cat=[android.intent.category.LAUNCHER] cmp={component}}}"
-            " from uid 2000",
+            "START u0 {act=android.intent.action.MAIN cat=[android.intent.category.LAUNCHER]"
+            f" cmp={component}}} from uid 2000",
         )
         if outcome == "started":
             self._system_log(
@@ -153,6 +153,4 @@ class Activities:
             self._system_log("ActivityTaskManager", f"Displayed {component}: +{120 + app.process % 90}ms")
 
     def _system_log(self, tag: str, message: str) -> None:
-        self._log.write(
-            tag, message, priority=Priority.INFO, process=SYSTEM_SERVER_PROCESS, buffer="system"
-        )
+        self._log.write(tag, message, priority=Priority.INFO, process=SYSTEM_SERVER_PROCESS, buffer="system")

@@ -6,6 +6,7 @@ phone's side only as names. Source: AOSP packages/modules/adb, SERVICES.TXT and 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ from phones.wire import (
 
 if TYPE_CHECKING:
     from phones.simulator.phone import Phone
+
+log = logging.getLogger(__name__)
 
 FEATURES = "shell_v2,cmd,stat_v2,ls_v2,fixed_push_mkdir,sendrecv_v2"
 CONNECTIONS_MAX = 64
@@ -98,10 +101,8 @@ class Adbd:
                 return await peer.connection.open(remote)
         raise AdbRefused(f"nothing listens on {local!r}")
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        serving = self._server is not None and self._server.is_serving()
-        if task is None or not serving or len(self._peers) >= CONNECTIONS_MAX:
+    def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None or not self._server.is_serving() or len(self._peers) >= CONNECTIONS_MAX:
             writer.transport.abort()
             return
         self._last_serial += 1
@@ -109,11 +110,14 @@ class Adbd:
         peer.connection = Connection(
             reader, writer, role="device", banner=self._banner(), services=peer.service
         )
-        self._peers[task] = peer
-        try:
-            await peer.connection.run()
-        finally:
-            del self._peers[task]
+        attending = peer.connection.start()
+        self._peers[attending] = peer
+        attending.add_done_callback(self._part)
+
+    def _part(self, attending: asyncio.Task[None]) -> None:
+        del self._peers[attending]
+        if not attending.cancelled() and (fault := attending.exception()) is not None:
+            log.error("an adb connection failed", exc_info=fault)
 
     def _banner(self) -> str:
         names = ("ro.product.name", "ro.product.model", "ro.product.device")

@@ -1,6 +1,7 @@
 """How the phone's commands are called: their arguments, streams and the words of common complaints."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,10 @@ class Call:
         await self.complain(f"{self.name}: {message}")
         return code
 
+    async def complain_of(self, path: str, fault: PhoneFileError) -> int:
+        """Complain of a file by the name it was called, and return 1."""
+        return await self.fail(f"{path}: {reason(fault)}")
+
     def path(self, argument: str) -> str:
         """The phone's absolute path for an argument. Raises PhoneFileError."""
         return resolve(argument, self.session.directory, follow=False)
@@ -95,7 +100,7 @@ class Call:
         """The same call with another name and arguments."""
         return Call(self.phone, self.session, name, arguments, self.streams)
 
-    async def chunks(self, path: str) -> AsyncIterator[bytes]:
+    async def chunks(self, path: str) -> AsyncGenerator[bytes, None]:
         """A file's content, or the input's for `-`. Raises PhoneFileError."""
         if path == "-":
             while chunk := await self.streams.stdin.read():
@@ -109,16 +114,17 @@ class Call:
             if isinstance(source, FileSource):
                 await source.close()
 
-    async def lines(self, path: str) -> AsyncIterator[bytes]:
+    async def lines(self, path: str) -> AsyncGenerator[bytes, None]:
         """A file's lines with their line ends; one longer than 1 MiB comes in pieces."""
         rest = b""
-        async for chunk in self.chunks(path):
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
-                yield line + b"\n"
-            if len(rest) > MAX_LINE_BYTES:
-                yield rest
-                rest = b""
+        async with aclosing(self.chunks(path)) as chunks:
+            async for chunk in chunks:
+                *whole, rest = (rest + chunk).split(b"\n")
+                for line in whole:
+                    yield line + b"\n"
+                if len(rest) > MAX_LINE_BYTES:
+                    yield rest
+                    rest = b""
         if rest:
             yield rest
 

@@ -140,6 +140,7 @@ class PhoneFiles:
         chunks: AsyncIterable[bytes],
         *,
         mode: int = 0o644,
+        modified_at: int | None = None,
         append: bool = False,
         parents: bool = False,
     ) -> int:
@@ -152,6 +153,8 @@ class PhoneFiles:
         if target == NULL_DEVICE:
             return sum([len(chunk) async for chunk in chunks])
         _check_writable(target)
+        if path.endswith("/"):
+            raise PhoneFileError(errno.EISDIR, target)
         draft = _OpenFile()
         written = 0
         try:
@@ -159,7 +162,7 @@ class PhoneFiles:
             async for chunk in chunks:
                 await _in_thread(self._write_chunk, draft, chunk, target)
                 written += len(chunk)
-            await _in_thread(self._commit, draft, target, mode)
+            await _in_thread(self._commit, draft, target, mode, modified_at)
         finally:
             await _in_thread(draft.close)
         return written
@@ -278,12 +281,14 @@ class PhoneFiles:
             while rest:
                 rest = rest[os.write(draft.fd, rest) :]
 
-    def _commit(self, draft: "_OpenFile", path: str, mode: int) -> None:
+    def _commit(self, draft: "_OpenFile", path: str, mode: int, modified_at: int | None) -> None:
         if draft.temporary is None:
             return
         with self._parent(path) as (directory, name):
             # The phone's own process must be able to read on, whatever the sender asks for.
             os.fchmod(draft.fd, (mode & 0o777) | stat.S_IRUSR | stat.S_IWUSR)
+            if modified_at is not None:
+                os.utime(draft.fd, (modified_at, modified_at))
             os.replace(draft.temporary, name, dst_dir_fd=directory)
             draft.temporary = None
 
@@ -343,15 +348,16 @@ def resolve(path: str, cwd: str = "/", *, follow: bool = True) -> str:
     """
     if not path:
         raise PhoneFileError(errno.ENOENT, path)
+    whole = path if path.startswith("/") else f"{cwd}/{path}"
     try:
-        length = len(os.fsencode(path))
+        length = len(os.fsencode(whole))
     except UnicodeEncodeError:
         raise PhoneFileError(errno.EILSEQ, ascii(path)) from None
-    if "\0" in path:
+    if "\0" in whole:
         raise PhoneFileError(errno.EINVAL, path)
     if length >= PATH_MAX_BYTES:
         raise PhoneFileError(errno.ENAMETOOLONG, path)
-    names = (path if path.startswith("/") else f"{cwd}/{path}").split("/")
+    names = whole.split("/")
     resolved: list[str] = []
     for place, name in enumerate(names, start=1):
         if name == "..":

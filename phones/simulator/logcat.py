@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -71,7 +70,7 @@ class Log:
         """Append a line and wake whoever follows."""
         self._last += 1
         at = self._clock.now()
-        line = message.replace("\n", " ")[:4000]
+        line = message.replace("\n", " ")[:1000]
         self._entries.append(Entry(self._last, at, buffer, priority, tag, process, process, line))
         for follower in self._followers:
             follower.set()
@@ -148,7 +147,9 @@ def _stamp(entry: Entry) -> str:
 
 FORMATS = {
     "brief": lambda e: f"{e.priority.letter}/{e.tag:<8}({e.process:5d}): {e.message}",
-    "long": lambda e: f"[ {_stamp(e)} {e.process:5d}:{e.thread:5d} {e.priority.letter}/{e.tag:<8} ]\n{e.message}\n",
+    "long": lambda e: (
+        f"[ {_stamp(e)} {e.process:5d}:{e.thread:5d} {e.priority.letter}/{e.tag:<8} ]\n{e.message}\n"
+    ),
     "process": lambda e: f"{e.priority.letter}({e.process:5d}) {e.message}  ({e.tag})",
     "raw": lambda e: e.message,
     "tag": lambda e: f"{e.priority.letter}/{e.tag:<8}: {e.message}",

@@ -99,23 +99,6 @@ class Package:
         return f"{self.name}/{short or self.activity}"
 
 
-def _system_package(
-    name: str, label: str, file: str, activity: str | None, user_id: int, version: str, sdk: int
-) -> Package:
-    return Package(
-        name=name,
-        label=label,
-        version_name=version,
-        version_code=sdk,
-        min_sdk=sdk,
-        target_sdk=sdk,
-        activity=activity,
-        files=(file,),
-        user_id=user_id,
-        is_system=True,
-    )
-
-
 SETTINGS_APP = "com.android.settings"
 NOTES_APP = "com.cloudphone.notes"
 BROWSER_APP = "com.cloudphone.browser"
@@ -125,23 +108,30 @@ _SYSTEM = (
     ("android", "Android System", "/system/framework/framework-res.apk", None, 1000),
     ("com.android.shell", "Shell", "/system/priv-app/Shell/Shell.apk", None, 2000),
     ("com.android.systemui", "System UI", "/system/priv-app/SystemUI/SystemUI.apk", None, 10050),
-    (
-        LAUNCHER_APP,
-        "Launcher",
-        "/system/priv-app/Launcher3/Launcher3.apk",
-        f"{LAUNCHER_APP}.Launcher",
-        10051,
-    ),
-    (
-        SETTINGS_APP,
-        "Settings",
-        "/system/priv-app/Settings/Settings.apk",
-        f"{SETTINGS_APP}.Settings",
-        1000,
-    ),
-    (NOTES_APP, "Notes", "/system/app/Notes/Notes.apk", f"{NOTES_APP}.NotesActivity", 10052),
-    (BROWSER_APP, "Browser", "/system/app/Browser/Browser.apk", f"{BROWSER_APP}.BrowserActivity", 10053),
+    (LAUNCHER_APP, "Launcher", "/system/priv-app/Launcher3/Launcher3.apk", "Launcher", 10051),
+    (SETTINGS_APP, "Settings", "/system/priv-app/Settings/Settings.apk", "Settings", 1000),
+    (NOTES_APP, "Notes", "/system/app/Notes/Notes.apk", "NotesActivity", 10052),
+    (BROWSER_APP, "Browser", "/system/app/Browser/Browser.apk", "BrowserActivity", 10053),
 )
+
+
+def _system_packages(android_version: str, sdk: int) -> dict[str, Package]:
+    """What every phone has from the factory and nobody can remove."""
+    return {
+        name: Package(
+            name=name,
+            label=label,
+            version_name=android_version,
+            version_code=sdk,
+            min_sdk=sdk,
+            target_sdk=sdk,
+            activity=f"{name}.{activity}" if activity else None,
+            files=(file,),
+            user_id=user_id,
+            is_system=True,
+        )
+        for name, label, file, activity, user_id in _SYSTEM
+    }
 
 
 @dataclass(slots=True)
@@ -181,9 +171,7 @@ class Packages:
         self._clock = clock
         self._sdk = sdk
         self._save = save
-        self._system = {
-            row[0]: _system_package(*row, version=android_version, sdk=sdk) for row in _SYSTEM
-        }
+        self._system = _system_packages(android_version, sdk)
         self._installed: dict[str, Package] = {}
         self._icon_bytes: dict[str, bytes] = {}
         self._sessions: dict[int, _InstallSession] = {}
@@ -191,7 +179,7 @@ class Packages:
         self.removed: Callable[[str], None] = lambda package: None
 
     async def restore(self, saved: list[dict[str, Any]]) -> None:
-        """Take over what was written down, without what has lost its file, and clear away cut installations."""
+        """Take over what was written down, but for what has lost its files; clear away cut installations."""
         kept = set()
         for fields in saved:
             lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
@@ -256,7 +244,8 @@ class Packages:
         except PhoneFileError as fault:
             if fault.errno == errno.ENOSPC:
                 raise InstallRefused(
-                    "INSTALL_FAILED_INSUFFICIENT_STORAGE", f"Failed to allocate {size_bytes or 'enough'} bytes"
+                    "INSTALL_FAILED_INSUFFICIENT_STORAGE",
+                    f"Failed to allocate {size_bytes or 'enough'} bytes",
                 ) from None
             raise InstallRefused("INSTALL_FAILED_INTERNAL_ERROR", str(fault.strerror)) from None
         if number not in self._sessions:
@@ -390,7 +379,8 @@ class Packages:
         if current is not None and code < current.version_code and not options.downgrade:
             raise InstallRefused(
                 "INSTALL_FAILED_VERSION_DOWNGRADE",
-                f"Downgrade detected: Update version code {code} is older than current {current.version_code}",
+                "Downgrade detected: Update version code"
+                f" {code} is older than current {current.version_code}",
             )
         if abis and not abis & set(ABIS):
             raise InstallRefused(

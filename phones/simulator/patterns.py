@@ -50,7 +50,7 @@ _ANY = _Characters(negated=True)
 
 @dataclass(slots=True)
 class _Step:
-    """A node: consumes one character when `characters` is set, else passes on (`^` and `$` on a condition)."""
+    """A node: consumes a character where `characters` is set, else passes on, an anchor on a condition."""
 
     characters: _Characters | None = None
     anchor: str = ""
@@ -151,9 +151,9 @@ class _PatternReader:
             pieces.append(self._piece(token))
         return ("", pieces)
 
-    def _piece(self, token: "_Token") -> "_Tree":
+    def _piece(self, first: "_Token") -> "_Tree":
         piece: _Tree
-        if token == "(":
+        if first == "(":
             self._depth += 1
             if self._depth > MAX_NESTING:
                 raise BadPattern("regular expression too big")
@@ -162,12 +162,12 @@ class _PatternReader:
                 raise BadPattern("unmatched (")
             self._at += 1
             self._depth -= 1
-        elif token in ("^", "$"):
-            return (str(token), [])
-        elif isinstance(token, str):
-            piece = _Characters(frozenset(token[-1]))
+        elif first in ("^", "$"):
+            return (str(first), [])
+        elif isinstance(first, str):
+            piece = _Characters(frozenset(first[-1]))
         else:
-            piece = token
+            piece = first
         seen = ""
         while (following := self._peek()) in ("*", "+", "?"):
             seen += str(following)

@@ -138,6 +138,7 @@ class _Job:
             "source": self._source,
             "unset": _unset,
             "wait": self._wait,
+            "which": self._which,
         }
 
     # The three ways in.
@@ -238,9 +239,7 @@ class _Job:
             )
         )[-1]
 
-    async def _stage(
-        self, command: syntax.Simple | syntax.Group, session: Session, streams: Streams
-    ) -> int:
+    async def _stage(self, command: syntax.Simple | syntax.Group, session: Session, streams: Streams) -> int:
         try:
             return await self._apart(self._command, command, session, streams)
         finally:
@@ -470,6 +469,11 @@ class _Job:
             else:
                 status = 1
         return status
+
+    async def _which(self, call: Call) -> int:
+        found = [name for name in call.arguments if name in COMMANDS or name == "sh"]
+        await call.write("".join(f"/system/bin/{name}\n" for name in found))
+        return 0 if found and len(found) == len(call.arguments) else 1
 
     async def _nested(self, call: Call) -> int:
         """Run the call's arguments as a command of their own."""

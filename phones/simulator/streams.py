@@ -114,7 +114,7 @@ class FileSource:
 
     def __init__(self, files: PhoneFiles, path: str) -> None:
         # The files promise an iterator; it is a generator, whose end lets go of the file at once.
-        self._chunks = cast(AsyncGenerator[bytes, None], files.read(path))
+        self._chunks = cast("AsyncGenerator[bytes, None]", files.read(path))
         self._first: bytes | None = None
 
     async def open(self) -> None:

@@ -104,8 +104,7 @@ class Script:
 def parse(text: str) -> Script:
     """Read a whole command line. Raises ShellSyntaxError."""
     reader = _Reader(text, depth=0)
-    script = reader.script(until=lambda: reader.at_end())
-    return script
+    return reader.script(until=lambda: reader.at_end())
 
 
 class _Reader:
@@ -358,7 +357,7 @@ class _Reader:
         if end < 0:
             raise ShellSyntaxError("syntax error: no closing '}'")
         name, has_fallback, fallback = self.text[self.at + 2 : end].partition(":-")
-        if not name or not (name in SPECIAL_PARAMETERS or set(name) <= NAME_REST and name[0] in NAME_START):
+        if not name or not (name in SPECIAL_PARAMETERS or (set(name) <= NAME_REST and name[0] in NAME_START)):
             raise ShellSyntaxError(f"{self.text[self.at : end + 1]}: bad substitution")
         self.at = end + 1
         return Variable(name, quoted, fallback if has_fallback else None)

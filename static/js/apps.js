@@ -5,7 +5,7 @@ import { fill, slot } from "./slots.js";
 import { text } from "./strings.js";
 import { upload } from "./upload.js";
 
-const BYTES_PER_MB = 1_000_000;
+const BYTES_PER_MB = 1 << 20;
 const STAYS_MS = 3000;
 
 const form = document.getElementById("upload");

@@ -15,6 +15,9 @@ startMenus();
 
 if (document.body.dataset.stream) {
   startBadges();
-  document.addEventListener("notification", ({ detail }) => toast(detail.title, detail.body));
+  document.addEventListener("notification", ({ detail }) => {
+    // News without words, such as a charge each minute, only moves what the page shows.
+    if (detail.title) toast(detail.title, detail.body);
+  });
   startLive();
 }

@@ -1,0 +1,11 @@
+"""What the layers of one request leave for each other on it."""
+
+from typing import Any, Final
+
+from aiohttp import web
+
+REQUEST_ID: Final = web.RequestKey("REQUEST_ID", str)
+CALLER: Final[web.RequestKey[Any]] = web.RequestKey("CALLER", object)
+"""server.auth's Caller, or None where nobody is signed in."""
+PAGE_CSRF: Final = web.RequestKey("PAGE_CSRF", str)
+"""The token a page of this session carries in its forms."""
