@@ -243,7 +243,7 @@ class AdbClient:
                 sent += len(chunk)
                 if sent > size_bytes:
                     break
-                if reply.done() or not await _took(stream.write(chunk)):
+                if not await _took(stream.write(chunk)):
                     # The phone has seen enough: its reason is in the reply.
                     sent = size_bytes
                     break

@@ -7,7 +7,7 @@ Each phone is a `python -m phones.simulator` with a directory of its own below `
     <id>/phone.log    what it prints
 
 A phone belongs to no parent: it lives on when this process ends, however that happens. It is found again by
-its command line, which names its directory, id and port.
+its command line, which names its directory, id and ports.
 """
 
 import asyncio
@@ -59,16 +59,18 @@ T = TypeVar("T")
 
 @dataclass(eq=False, slots=True)
 class _Phone:
-    """A phone's process. `spec` is None where the directory does not say what it was started with."""
+    """A phone's process and where it listens. A memory limit of 0 is one that is not known any more."""
 
     id: str
     process: Process
-    spec: PhoneSpec | None
+    host: str
+    ports: PortTriple
+    memory_limit_bytes: int
     settled: bool = False  # up, and meant to be: its end is news
     sample: tuple[float, float] | None = None  # when, and the CPU seconds used until then
 
     def found(self) -> FoundPhone:
-        return FoundPhone(self.id, PhoneStatus.RUNNING, self.spec.ports if self.spec else None)
+        return FoundPhone(self.id, PhoneStatus.RUNNING, self.ports)
 
 
 class SimulatedRuntime:
@@ -178,7 +180,7 @@ class SimulatedRuntime:
         return PhoneStats(
             cpu_percent=_cpu_percent(phone, used),
             memory_bytes=used.memory_bytes,
-            memory_limit_bytes=phone.spec.memory_mb << 20 if phone.spec else 0,
+            memory_limit_bytes=phone.memory_limit_bytes,
             rx_bytes=0,
             tx_bytes=0,
         )
@@ -235,6 +237,8 @@ class SimulatedRuntime:
             "data-dir": self._place(spec.id),
             "host": spec.bind_address,
             "adb-port": spec.ports.adb,
+            "webrtc-port": spec.ports.webrtc,
+            "scrcpy-port": spec.ports.scrcpy,
             "id": spec.id,
             "name": spec.name.replace("\0", ""),
             "width": spec.width,
@@ -249,7 +253,9 @@ class SimulatedRuntime:
             process = processes.spawn(command, env, self._log(spec.id))
         except OSError as failure:
             raise RuntimeFault(f"the phone's process could not be started: {failure}") from failure
-        return self._take_in(_Phone(spec.id, process, spec))
+        return self._take_in(
+            _Phone(spec.id, process, spec.bind_address, spec.ports, memory_limit_bytes=spec.memory_mb << 20)
+        )
 
     def _take_in(self, phone: _Phone) -> _Phone:
         self._phones[phone.id] = phone
@@ -308,18 +314,29 @@ class SimulatedRuntime:
                 self._take_in(phone)
 
     def _find_phones(self) -> Sequence[_Phone]:
-        phones = []
-        for process, command in processes.find(self._is_ours):
-            options = self._options(command)
-            spec = self._read_spec(options["id"])
-            if spec is not None and str(spec.ports.adb) != options.get("adb-port"):
-                spec = None
-            phones.append(_Phone(options["id"], process, spec, settled=True))
-        return phones
+        return [
+            self._described(process, self._options(command))
+            for process, command in processes.find(self._is_ours)
+        ]
+
+    def _described(self, process: Process, options: dict[str, str]) -> _Phone:
+        spec = self._read_spec(options["id"])
+        return _Phone(
+            id=options["id"],
+            process=process,
+            host=options["host"],
+            ports=PortTriple(*(int(options[f"{name}-port"]) for name in ("adb", "webrtc", "scrcpy"))),
+            memory_limit_bytes=spec.memory_mb << 20 if spec else 0,
+            settled=True,
+        )
 
     def _is_ours(self, command: CommandLine) -> bool:
         options = self._options(command)
-        return _is_uuid(options.get("id", "")) and options.get("data-dir") == str(self._place(options["id"]))
+        return (
+            {"host", "adb-port", "webrtc-port", "scrcpy-port"} <= options.keys()
+            and _is_uuid(options.get("id", ""))
+            and options.get("data-dir") == str(self._place(options["id"]))
+        )
 
     def _options(self, command: CommandLine) -> dict[str, str]:
         """The options of a phone's command line; none where it is that of another program."""
@@ -331,12 +348,10 @@ class SimulatedRuntime:
         return {name: value for name, _, value in pairs}
 
     async def _kill_unless_it_answers(self, phone: _Phone, turn: asyncio.Semaphore) -> None:
-        if phone.spec is None:
-            return
         async with turn:
             try:
                 async with asyncio.timeout(_ADOPTION_DEADLINE_S):
-                    await _until_answered(phone.spec.bind_address, phone.spec.ports.adb)
+                    await _until_answered(phone.host, phone.ports.adb)
             except TimeoutError:
                 log.warning("phone %s does not answer on its port; it is ended", phone.id)
                 with suppress(RuntimeFault):

@@ -12,21 +12,24 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 from uuid import UUID
 from xml.sax.saxutils import escape
 
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import web
 from pydantic import Field, RootModel
 
-from phones.adb import AdbFault, InstallRefused, quote
+from phones import packages
+from phones.adb import AdbFault, InstallRefused
 from phones.apk import ApkFacts, InvalidApk, inspect
 from server.api import Answer, Incoming, Moment, Outgoing, Page, PageQuery, Routes, from_cursor, to_cursor
 from server.auth import Access, Caller
 from server.db import Database, Record, Tx, UniqueViolation
 from server.errors import Code, Problem, not_found
+from server.files import ReceivedFile, empty_folder, read_file, receive_file, send_object
 from server.i18n import N_
 from server.interfaces import (
     CONFIGURATION,
@@ -44,14 +47,12 @@ from server.interfaces import (
 from server.observe import log
 from server.pages import render
 from server.plugin import Job, Plugin, Section
-from server.storage import ObjectMissing, Storage, content_disposition
+from server.storage import ObjectMissing, Storage
 
 APK_TYPE: Final = "application/vnd.android.package-archive"
 INSTALL_JOB: Final = "apps.install"
 INSTALLS_AT_ONCE: Final = 8
 INSTALL_DEADLINE_S: Final = 600.0
-PHONE_DEADLINE_S: Final = 20.0
-CHUNK_BYTES: Final = 256 << 10
 
 
 class AppsSection(Section):
@@ -190,7 +191,7 @@ class Apps:
 
     async def reconcile(self) -> None:
         """Sweep what a dead process left half done, and take up its installations again."""
-        await asyncio.to_thread(_empty_folder, self._uploads)
+        await asyncio.to_thread(empty_folder, self._uploads)
         rows = await self._database.fetch("SELECT id FROM apps WHERE state IN ('uploading', 'deleting')")
         for row in rows:
             await self._erase(row["id"])
@@ -206,10 +207,6 @@ class Apps:
 
         Raises Problem: malformed, unsupported_media_type, too_large, invalid_apk.
         """
-        limit = self.max_upload_mb << 20
-        if (request.content_length or 0) > limit + (1 << 20):
-            raise self._too_large()
-        part = await _file_part(request)
         await self._database.execute(
             "INSERT INTO apps (id, owner_id, state) VALUES ($1, $2, 'uploading') ON CONFLICT (id) DO NOTHING",
             app_id,
@@ -217,36 +214,19 @@ class Apps:
         )
         spool = self._uploads / f"{app_id}.apk"
         try:
-            size_bytes, sha256 = await self._spool(part, spool, limit)
-            if known := await self._same_bytes(caller.user_id, sha256):
+            received = await receive_file(request, spool, limit_mb=self.max_upload_mb)
+            if known := await self._same_bytes(caller.user_id, received.sha256):
                 return known, False
             facts = await _facts(spool)
-            await self._storage.upload(_object_key(app_id), _read_file(spool), APK_TYPE)
+            await self._storage.upload(_object_key(app_id), read_file(spool), APK_TYPE)
             if facts.icon_png:
                 await self._storage.put(_icon_key(app_id), facts.icon_png, "image/png")
-            return await self._shelve(caller.user_id, app_id, facts, size_bytes, sha256)
+            return await self._shelve(caller.user_id, app_id, facts, received)
         finally:
             await self._clear_away(app_id, spool)
 
-    def _too_large(self) -> Problem:
-        return Problem(Code.TOO_LARGE, N_("The file is larger than {limit} MB."), limit=self.max_upload_mb)
-
-    async def _spool(self, part: BodyPartReader, spool: Path, limit: int) -> tuple[int, str]:
-        digest, size_bytes = hashlib.sha256(), 0
-        file = await asyncio.to_thread(spool.open, "wb")
-        try:
-            while chunk := await part.read_chunk(CHUNK_BYTES):
-                size_bytes += len(chunk)
-                if size_bytes > limit:
-                    raise self._too_large()
-                digest.update(chunk)
-                await asyncio.to_thread(file.write, chunk)
-        finally:
-            await asyncio.to_thread(file.close)
-        return size_bytes, digest.hexdigest()
-
     async def _shelve(
-        self, owner_id: UUID, app_id: UUID, facts: ApkFacts, size_bytes: int, sha256: str
+        self, owner_id: UUID, app_id: UUID, facts: ApkFacts, received: ReceivedFile
     ) -> tuple[App, bool]:
         try:
             row = await self._database.fetchrow(
@@ -267,11 +247,11 @@ class Apps:
                 facts.target_sdk,
                 facts.permissions,
                 facts.icon_png is not None,
-                size_bytes,
-                sha256,
+                received.size_bytes,
+                received.sha256,
             )
         except UniqueViolation:
-            known = await self._same_bytes(owner_id, sha256)
+            known = await self._same_bytes(owner_id, received.sha256)
             assert known is not None
             return known, False
         assert row is not None
@@ -372,21 +352,14 @@ class Apps:
     async def download(self, caller: Caller, app_id: UUID, request: web.Request) -> web.StreamResponse:
         """Stream the APK, or the part of it that a Range header asks for."""
         app = await self.get(caller, app_id)
-        start, end = _wanted_range(request, app.size_bytes)
-        response = web.StreamResponse(status=206 if hdrs.RANGE in request.headers else 200)
-        response.content_type = APK_TYPE
-        response.content_length = end - start
-        response.headers[hdrs.ACCEPT_RANGES] = "bytes"
-        response.headers[hdrs.CONTENT_DISPOSITION] = content_disposition(
-            f"{app.label}-{app.version_name or app.version_code or ''}.apk"
+        return await send_object(
+            request,
+            self._storage,
+            _object_key(app_id),
+            size_bytes=app.size_bytes,
+            media=APK_TYPE,
+            filename=f"{app.label}-{app.version_name or app.version_code or ''}.apk",
         )
-        if response.status == 206:
-            response.headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{end - 1}/{app.size_bytes}"
-        await response.prepare(request)
-        async for chunk in self._storage.read(_object_key(app_id), start=start, end=end):
-            await response.write(chunk)
-        await response.write_eof()
-        return response
 
     # Installations
 
@@ -536,32 +509,20 @@ class Apps:
         """What the phone says people installed on it. Raises Problem: not_found, device_not_running."""
         link = await self._link(caller, device_id)
         with _phone_faults():
-            listed = await link.shell("pm list packages -3 --show-versioncode", timeout_s=PHONE_DEADLINE_S)
-            found = dict(_packages(listed.stdout.decode(errors="replace")))
-            names = await asyncio.gather(*(_version_name(link, package) for package in found))
-        return InstalledApps(
-            [
-                InstalledApp(package=package, version_name=name, version_code=code)
-                for (package, code), name in zip(found.items(), names, strict=True)
-            ]
-        )
+            found = await packages.installed(link)
+        return InstalledApps([InstalledApp(**asdict(package)) for package in found])
 
     async def launch(self, caller: Caller, device_id: UUID, package: str) -> None:
         """Open an app on the phone. Raises Problem(not_found) where the phone cannot."""
         link = await self._link(caller, device_id)
-        command = quote(["monkey", "-p", package, "-c", "android.intent.category.LAUNCHER", "1"])
         with _phone_faults():
-            answer = await link.shell(command, timeout_s=PHONE_DEADLINE_S)
-        if answer.exit_code != 0 or b"No activities found" in answer.stdout:
-            raise Problem(Code.NOT_FOUND, N_("The phone has no such app, or it cannot be opened."))
+            await packages.launch(link, package)
 
     async def uninstall(self, caller: Caller, device_id: UUID, package: str) -> None:
         """Remove an app from the phone. Raises Problem(not_found) where the phone has none."""
         link = await self._link(caller, device_id)
         with _phone_faults():
-            answer = await link.shell(quote(["pm", "uninstall", package]), timeout_s=PHONE_DEADLINE_S)
-        if b"Success" not in answer.stdout:
-            raise Problem(Code.NOT_FOUND, N_("The phone has no such app."))
+            await packages.uninstall(link, package)
 
     async def _link(self, caller: Caller, device_id: UUID) -> PhoneLink:
         await self._app[PHONES].rented(caller, device_id)
@@ -579,24 +540,6 @@ def _installation(row: Record) -> Installation:
     return Installation.model_construct(**{name: row[name] for name in Installation.model_fields})
 
 
-def _empty_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.iterdir():
-        left.unlink()
-
-
-async def _file_part(request: web.Request) -> BodyPartReader:
-    if request.content_type != "multipart/form-data":
-        raise Problem(Code.UNSUPPORTED_MEDIA_TYPE, N_("Send the file as multipart/form-data."))
-    try:
-        part = await (await request.multipart()).next()
-    except (ValueError, AssertionError):
-        raise Problem(Code.MALFORMED, N_("The multipart body cannot be read.")) from None
-    if not isinstance(part, BodyPartReader) or part.name != "file":
-        raise Problem(Code.MALFORMED, N_("The body needs one part named file."))
-    return part
-
-
 async def _facts(spool: Path) -> ApkFacts:
     try:
         facts = await inspect(spool)
@@ -605,27 +548,6 @@ async def _facts(spool: Path) -> ApkFacts:
     if facts.split:
         raise Problem(Code.INVALID_APK, REFUSALS["INSTALL_FAILED_MISSING_SPLIT"])
     return facts
-
-
-async def _read_file(path: Path) -> AsyncIterator[bytes]:
-    file = await asyncio.to_thread(path.open, "rb")
-    try:
-        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield chunk
-    finally:
-        await asyncio.to_thread(file.close)
-
-
-def _wanted_range(request: web.Request, size_bytes: int) -> tuple[int, int]:
-    """First byte and the one after the last."""
-    try:
-        wanted = request.http_range
-    except ValueError:
-        raise Problem(Code.RANGE_NOT_SATISFIABLE) from None
-    start, end, _ = wanted.indices(size_bytes)
-    if start >= end:
-        raise Problem(Code.RANGE_NOT_SATISFIABLE)
-    return start, end
 
 
 def _letter_icon(label: str) -> str:
@@ -639,26 +561,12 @@ def _letter_icon(label: str) -> str:
     )
 
 
-def _packages(listing: str) -> Iterator[tuple[str, int | None]]:
-    """`package:org.example versionCode:7` lines, as `pm list packages` prints them."""
-    for line in listing.splitlines():
-        package, _, version = line.removeprefix("package:").partition(" versionCode:")
-        if line.startswith("package:"):
-            yield package.strip(), int(version) if version.strip().isdigit() else None
-
-
-async def _version_name(link: PhoneLink, package: str) -> str | None:
-    dumped = await link.shell(quote(["dumpsys", "package", package]), timeout_s=PHONE_DEADLINE_S)
-    for line in dumped.stdout.decode(errors="replace").splitlines():
-        if line.strip().startswith("versionName="):
-            return line.strip().removeprefix("versionName=")
-    return None
-
-
 @contextmanager
 def _phone_faults() -> Iterator[None]:
     try:
         yield
+    except packages.NoSuchPackage:
+        raise Problem(Code.NOT_FOUND, N_("The phone has no such app, or it cannot be opened.")) from None
     except AdbFault:
         raise Problem(Code.RUNTIME_UNAVAILABLE, N_("The phone does not answer; try again shortly.")) from None
 

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 STATEMENT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = STATEMENT_TIMEOUT_S + 1.0  # the server's own limit comes first and says more
-RELEASE_TIMEOUT_S = 2.0
+RELEASE_TIMEOUT_S = 1.0
 PING_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 MIGRATION_TIMEOUT_S = 600.0
@@ -291,7 +291,7 @@ class Database:
         with _translated():
             pool = asyncpg.create_pool(
                 url,
-                min_size=min(2, pool_size),
+                min_size=0,  # a floor would be kept up by a task that logs each failure with its trace
                 max_size=pool_size,
                 ssl=_ssl(url),
                 timeout=CONNECT_TIMEOUT_S,
@@ -303,6 +303,7 @@ class Database:
             try:
                 async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
                     await pool
+                    await pool.fetchval("SELECT 1")
             except BaseException:
                 pool.terminate()
                 raise

@@ -79,7 +79,7 @@ class EmbeddedStorage:
         self._sockets = [SOCKETS / f"seaweedfs-{part}-grpc-{grpc}.sock" for part, (_, grpc) in ports.items()]
         s3_port = ports["s3"][0]
         command = Command(
-            _arguments(await asyncio.to_thread(_weed), folder, ports),
+            _arguments(await asyncio.to_thread(_weed), ports),
             cwd=folder,
             environment={
                 "PATH": "/usr/bin:/bin",
@@ -136,14 +136,15 @@ def _security(key: str) -> str:
     return "".join(f'[{section}]\nkey = "{key}"\n' for section in sections)
 
 
-def _arguments(weed: str, folder: Path, ports: dict[str, tuple[int, int]]) -> list[str]:
+def _arguments(weed: str, ports: dict[str, tuple[int, int]]) -> list[str]:
     # Every flag every time: weed keeps the last ones in mini.options and falls back on those.
+    # Paths relative to its folder: weed takes a comma in a path for the next path.
     return [
         weed,
-        f"-logdir={folder}",
+        "-logdir=.",
         "-logtostderr=true",
         "mini",
-        f"-dir={folder}",
+        "-dir=.",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         *(f"-{part}.port={http}" for part, (http, _) in ports.items()),
@@ -152,9 +153,10 @@ def _arguments(weed: str, folder: Path, ports: dict[str, tuple[int, int]]) -> li
         "-webdav=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        f"-s3.config={folder / 's3.json'}",
-        f"-s3.localSocket={folder / 's3.sock'}",
-        f"-filer.localSocket={folder / 'filer.sock'}",
+        "-s3.config=s3.json",
+        "-s3.localSocket=s3.sock",
+        "-filer.localSocket=filer.sock",
+        "-volume.preStopSeconds=0",  # there is no second volume server to wait for
         "-master.telemetry=false",
         "-s3.cacheCapacityMB=0",
         "-s3.readerCacheSizeMB=32",

@@ -7,7 +7,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from server.errors import Code, Problem
-from server.i18n import pick_locale, translate
+from server.i18n import N_, pick_locale, translate
 from server.pages import render
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,9 +41,26 @@ async def submit(
     raise web.HTTPSeeOther(address)
 
 
+# pydantic's error types → what a person is told; every other type gets the last.
+_SENTENCES = {
+    "missing": N_("Please fill this in."),
+    "string_too_short": N_("At least {min_length} characters, please."),
+    "string_too_long": N_("At most {max_length} characters, please."),
+    "greater_than_equal": N_("At least {ge}, please."),
+    "less_than_equal": N_("At most {le}, please."),
+    "value_error": N_("This does not fit: {error}"),
+}
+_UNFIT = N_("This does not fit here.")
+
+
 def _sentences(error: ValidationError, locale: str) -> dict[str, str]:
-    found = error.errors(include_input=False, include_url=False, include_context=False)
-    return {str(one["loc"][0]) if one["loc"] else "": translate(locale, one["msg"]) for one in found}
+    found = error.errors(include_input=False, include_url=False)
+    return {
+        str(one["loc"][0]) if one["loc"] else "": translate(
+            locale, _SENTENCES.get(one["type"], _UNFIT), one.get("ctx", {})
+        )
+        for one in found
+    }
 
 
 def _again(

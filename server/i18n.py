@@ -91,11 +91,6 @@ def money(amount_minor: int, currency: str, locale: str) -> str:
     return format_currency(amount, currency, locale=_BABEL[locale])
 
 
-def major_units(amount_minor: int, currency: str) -> str:
-    """An amount in minor units as a plain number for a form field: `10.00`."""
-    return str(Decimal(amount_minor).scaleb(-get_currency_precision(currency)))
-
-
 def parse_money(text: str, currency: str, locale: str) -> int:
     """What somebody typed (`10`, `10.5`, `1,000.00`) in minor units.
 

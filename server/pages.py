@@ -11,8 +11,6 @@ error (StrictUndefined), not a blank. Every page gets these besides:
 - `caller`: `request.get(CALLER)`, an object with `user_id`, `email`, `display_name`, `role`, or None;
 - `csrf_token`: `request.get(PAGE_CSRF, "")`; every form that posts carries it as the field
   `csrf_token`, the modules in static/js send it as the header `X-CSRF-Token`;
-- `flashes`: none, unless the page's own context gives a list of
-  `{"kind": "success"|"error"|"warning"|"info", "message": str}` in the reader's language;
 - `locale`, `path` (the request's path and query);
 - `page_facts`: what the plugins know about the caller for the header of every page. A plugin's
   lifespan adds a function that answers from memory: `app[PAGE_CONTEXT].append(facts_of_page)`,
@@ -121,7 +119,6 @@ def render(
     common = {
         "caller": request.get(CALLER),
         "csrf_token": request.get(PAGE_CSRF, ""),
-        "flashes": [],
         "locale": locale,
         "path": request.path_qs,
         "page_facts": page_facts,
@@ -198,7 +195,6 @@ def _speak(environment: jinja2.Environment, locale: str) -> None:
         moment=partial(i18n.moment, locale=locale),
         file_size=partial(i18n.file_size, locale=locale),
         duration=partial(i18n.duration, locale=locale),
-        major_units=i18n.major_units,
         json_attribute=_json_attribute,
     )
 
@@ -256,10 +252,10 @@ async def _serve_static(request: web.Request) -> web.StreamResponse:
     headers = {
         "Cache-Control": f"public, max-age={_A_YEAR_S}, immutable" if lasting else "no-cache",
         "X-Content-Type-Options": "nosniff",
-        "ETag": f'"{tree.version}"',
+        "ETag": f'W/"{tree.version}"',
         "Vary": "Accept-Encoding",
     }
-    if f'"{tree.version}"' in request.headers.get("If-None-Match", ""):
+    if tree.version in request.headers.get("If-None-Match", ""):
         return web.Response(status=304, headers=headers)
     body = file.body
     if file.gzipped is not None and "gzip" in request.headers.get("Accept-Encoding", ""):

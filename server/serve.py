@@ -1,7 +1,9 @@
 """Serving: bind, start, say so, wait for a signal, stop in order."""
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +38,7 @@ async def serve(configuration: Configuration, plugins: Sequence[Plugin]) -> int:
     except OSError as error:
         section = configuration.server
         return _refuse(f"cannot listen on {section.host} port {section.port}: {error.strerror}")
+    _allow_many_files()
     url = _url(listener)
     app = await asyncio.to_thread(build, configuration, plugins, own_url=lambda: url)
     runner = web.AppRunner(
@@ -75,6 +78,13 @@ def _bind(configuration: Configuration) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _allow_many_files() -> None:
+    """Sockets and phones take a file descriptor each; the usual soft limit of 1,024 is soon spent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _url(listener: socket.socket) -> str:

@@ -7,7 +7,7 @@ is away comes out as StorageUnavailable, an absent key as ObjectMissing.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -31,6 +31,7 @@ PING_TIMEOUT_S = 2.0
 PART_BYTES = 8 << 20  # S3 asks for at least 5 MiB; parts are numbered up to 10,000
 CHUNK_BYTES = 256 << 10
 GET_LIMIT_BYTES = 16 << 20
+PAGE_KEYS = 1000
 CONNECTIONS = 32
 
 _MISSING = {"NoSuchKey", "NoSuchUpload", "NotFound", "404"}
@@ -223,7 +224,7 @@ class Storage:
 
     async def read(
         self, key: str, *, start: int | None = None, end: int | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The object's bytes from `start` up to but not including `end`, piece by piece.
 
         Raises ObjectMissing before the first piece, StorageUnavailable at any, and ValueError for
@@ -256,25 +257,27 @@ class Storage:
         Takes memory for one part, whatever the length. When the stream or the storage fails, or
         the caller is cancelled, nothing is left under `key`, so never overwrite with this.
         """
-        upload_id: str | None = None
+        beginning: asyncio.Task[str] | None = None
         etags: list[str] = []
         size = 0
         try:
             async for part in _in_parts(chunks):
                 size += len(part)
-                if upload_id is None:
+                if beginning is None:
                     if len(part) < PART_BYTES:
                         await self.put(key, part, content_type)
                         return size
-                    upload_id = await self._begin(key, content_type)
+                    beginning = asyncio.create_task(self._begin(key, content_type))
+                # Shielded: an upload begun without our knowing its id could not be aborted.
+                upload_id = await asyncio.shield(beginning)
                 etags.append(await self._send_part(key, upload_id, len(etags) + 1, part))
-            if upload_id is None:
+            if beginning is None:
                 await self.put(key, b"", content_type)
             else:
-                await self._complete(key, upload_id, etags)
+                await self._complete(key, await beginning, etags)
             return size
         except BaseException:
-            await self._abandon(key, upload_id)
+            await self._abandon(key, beginning)
             raise
 
     async def _begin(self, key: str, content_type: str) -> str:
@@ -305,17 +308,17 @@ class Storage:
                     },
                 )
 
-    async def _abandon(self, key: str, upload_id: str | None) -> None:
+    async def _abandon(self, key: str, beginning: asyncio.Task[str] | None) -> None:
         """Remove what a broken upload left, to the end even when the caller is cancelled again."""
-        removal = asyncio.create_task(self._remove_traces(key, upload_id))
+        removal = asyncio.create_task(self._remove_traces(key, beginning))
         self._removals.add(removal)
         removal.add_done_callback(self._removals.discard)
         await asyncio.shield(removal)
 
-    async def _remove_traces(self, key: str, upload_id: str | None) -> None:
+    async def _remove_traces(self, key: str, beginning: asyncio.Task[str] | None) -> None:
         try:
-            if upload_id is not None:
-                await self._abort(key, upload_id)
+            if beginning is not None:
+                await self._abort(key, await beginning)
             await self.delete(key)  # a put or a completion cut off midway may have been done all the same
         except StorageUnavailable as error:
             log.warning("an upload left traces for the next sweep: %s", error)
@@ -350,7 +353,12 @@ class Storage:
             resume = {"ContinuationToken": token} if token else {}
             with _translated():
                 async with asyncio.timeout(CALL_TIMEOUT_S):
-                    page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **resume)  # type: ignore[arg-type]
+                    page = await self._client.list_objects_v2(
+                        Bucket=self._bucket,
+                        Prefix=prefix,
+                        MaxKeys=PAGE_KEYS,
+                        **resume,  # type: ignore[arg-type]
+                    )
             for entry in page.get("Contents", []):
                 yield StoredObject(entry["Key"], entry["Size"], entry["LastModified"])
             token = page.get("NextContinuationToken")

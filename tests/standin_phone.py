@@ -18,7 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for option in ("data-dir", "host", "id", "name", "width", "height", "dpi", "android-version"):
         parser.add_argument(f"--{option}")
-    parser.add_argument("--adb-port", type=int)
+    for port in ("adb-port", "webrtc-port", "scrcpy-port"):
+        parser.add_argument(f"--{port}", type=int)
     options = parser.parse_args()
     if options.name == "stillborn":
         sys.exit("no breath")

@@ -366,7 +366,7 @@ async def test_a_phone_whose_directory_is_gone_is_found_and_can_be_removed(
     await runtime.close()
     await asyncio.to_thread((data_dir / spec.id).rename, data_dir.parent / "elsewhere")
     async with opened(data_dir) as successor:
-        assert await successor.list() == [FoundPhone(spec.id, PhoneStatus.RUNNING, None)]
+        assert await successor.list() == [running(spec)]
         await successor.remove(spec.id)
         assert await successor.list() == []
 
@@ -407,6 +407,25 @@ async def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     await asyncio.to_thread(place.write_text, "")
     with pytest.raises(RuntimeUnavailable):
         await SimulatedRuntime(place / "phones").open()
+
+
+async def test_a_simulated_phone_comes_up_is_adopted_and_goes_down(data_dir: Path) -> None:
+    spec = new_spec('--name "it\'s mine"\n电话')
+    runtime = SimulatedRuntime(data_dir)
+    await runtime.open()
+    await runtime.start(spec)
+    assert await asyncio.to_thread(answers, spec)
+    assert (await runtime.stats(spec.id)).memory_bytes < 60 << 20
+    await runtime.close()
+    successor = SimulatedRuntime(data_dir)
+    await successor.open()
+    assert await successor.list() == [running(spec)]
+    began = time.monotonic()
+    await successor.stop(spec.id)
+    assert time.monotonic() - began < 4, "it was killed, not asked"
+    await successor.remove(spec.id)
+    assert await successor.list() == []
+    await successor.close()
 
 
 def test_it_is_a_runtime(tmp_path: Path) -> None:

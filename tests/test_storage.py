@@ -1,7 +1,6 @@
 """The storage door, on a real S3 server: what is kept, what is streamed, and what a broken upload leaves."""
 
 import asyncio
-import hashlib
 import os
 import resource
 from collections.abc import AsyncIterator
@@ -29,6 +28,11 @@ async def pieces(total: int, size: int = MIB) -> AsyncIterator[bytes]:
     block = os.urandom(size)
     for start in range(0, total, size):
         yield block[: min(size, total - start)]
+
+
+async def each(items: list[bytes]) -> AsyncIterator[bytes]:
+    for item in items:
+        yield item
 
 
 async def keys(storage: Storage, prefix: str = "") -> list[str]:
@@ -78,21 +82,12 @@ async def test_ranges_are_half_open(storage: Storage) -> None:
         await collect(storage.read("digits", start=10))
 
 
-@pytest.mark.parametrize("size", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES])
-async def test_a_stream_of_any_length_arrives_whole(storage: Storage, size: int) -> None:
-    sent = hashlib.sha256()
-
-    async def source() -> AsyncIterator[bytes]:
-        async for piece in pieces(size, 700_001):
-            sent.update(piece)
-            yield piece
-
-    assert await storage.upload("stream", source(), "application/octet-stream") == size
-    got = hashlib.sha256()
-    async for piece in storage.read("stream"):
-        got.update(piece)
-    assert got.digest() == sent.digest()
-    assert await storage.head("stream") == size
+async def test_a_stream_of_any_length_arrives_whole(storage: Storage) -> None:
+    for size in (0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES):
+        sent = [piece async for piece in pieces(size, 700_001)]
+        assert await storage.upload(f"stream{size}", each(sent), "application/octet-stream") == size
+        assert await collect(storage.read(f"stream{size}")) == b"".join(sent)
+        assert await storage.head(f"stream{size}") == size
 
 
 async def test_a_long_stream_takes_memory_for_its_parts_alone(storage: Storage) -> None:
@@ -103,40 +98,22 @@ async def test_a_long_stream_takes_memory_for_its_parts_alone(storage: Storage) 
     assert grown_kib < 6 * PART_BYTES / 1024
 
 
-@pytest.mark.parametrize("sent_bytes", [0, MIB, PART_BYTES + MIB])
-async def test_an_upload_whose_source_breaks_leaves_nothing(storage: Storage, sent_bytes: int) -> None:
-    async def source() -> AsyncIterator[bytes]:
+async def test_an_upload_whose_source_breaks_leaves_nothing(storage: Storage) -> None:
+    async def source(sent_bytes: int) -> AsyncIterator[bytes]:
         async for piece in pieces(sent_bytes):
             yield piece
         raise ConnectionResetError
 
-    with pytest.raises(ConnectionResetError):
-        await storage.upload("broken", source(), "application/octet-stream")
-    assert await keys(storage) == []
-    assert await storage.abort_stale_uploads(0) == 0
-
-
-@pytest.mark.parametrize("sent_bytes", [MIB, PART_BYTES + MIB])
-async def test_a_cancelled_upload_leaves_nothing(storage: Storage, sent_bytes: int) -> None:
-    stuck = asyncio.Event()
-
-    async def source() -> AsyncIterator[bytes]:
-        async for piece in pieces(sent_bytes):
-            yield piece
-        stuck.set()
-        await asyncio.sleep(60)
-
-    upload = asyncio.create_task(storage.upload("cut", source(), "application/octet-stream"))
-    await stuck.wait()
-    upload.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await upload
+    for sent_bytes in (0, MIB, PART_BYTES + MIB):
+        with pytest.raises(ConnectionResetError):
+            await storage.upload("broken", source(sent_bytes), "application/octet-stream")
     assert await keys(storage) == []
     assert await storage.abort_stale_uploads(0) == 0
 
 
 async def test_an_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage) -> None:
-    for delay_ms in range(0, 120, 15):
+    """Before the first byte, while the upload is begun, within a part, between two, at the end."""
+    for delay_ms in range(0, 160, 8):
         upload = asyncio.create_task(
             storage.upload(f"cut{delay_ms}", pieces(2 * PART_BYTES + MIB), "application/octet-stream")
         )
@@ -144,7 +121,9 @@ async def test_an_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage
         if upload.cancel():
             with pytest.raises(asyncio.CancelledError):
                 await upload
-            assert await storage.head(f"cut{delay_ms}") is None
+        else:
+            await storage.delete(f"cut{delay_ms}")
+    assert await keys(storage) == []
     assert await storage.abort_stale_uploads(0) == 0
 
 
@@ -195,9 +174,10 @@ async def test_a_stream_left_early_gives_its_connection_back(storage: Storage) -
     assert await storage.head("long") == 2 * PART_BYTES
 
 
-async def test_listings_go_on_past_one_page(storage: Storage) -> None:
-    await asyncio.gather(*(storage.put(f"many/{n:04}", b"", "text/plain") for n in range(1005)))
-    assert await keys(storage, "many/") == [f"many/{n:04}" for n in range(1005)]
+async def test_listings_go_on_past_one_page(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.storage.PAGE_KEYS", 3)
+    await asyncio.gather(*(storage.put(f"many/{n}", b"", "text/plain") for n in range(8)))
+    assert await keys(storage, "many/") == [f"many/{n}" for n in range(8)]
 
 
 async def test_storage_that_is_away_is_unavailable_within_seconds(servers: Servers) -> None:
@@ -220,7 +200,8 @@ async def test_storage_that_is_away_is_unavailable_within_seconds(servers: Serve
 
 async def test_hung_storage_fails_the_ping_in_time(servers: Servers) -> None:
     """A line that goes dead after the opening: the ping says so, and the door heals with it."""
-    dead = asyncio.Event()
+    alive = asyncio.Event()
+    alive.set()
     target = yarl.URL(servers.endpoint_url)
     pumps: set[asyncio.Task[None]] = set()
 
@@ -231,8 +212,7 @@ async def test_hung_storage_fails_the_ping_in_time(servers: Servers) -> None:
 
     async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while piece := await source.read(65536):
-            while dead.is_set():
-                await asyncio.sleep(0.01)
+            await alive.wait()
             sink.write(piece)
         sink.close()
 
@@ -246,12 +226,12 @@ async def test_hung_storage_fails_the_ping_in_time(servers: Servers) -> None:
         "us-east-1",
     )
     loop = asyncio.get_running_loop()
-    dead.set()
+    alive.clear()
     began = loop.time()
     with pytest.raises(StorageUnavailable):
         await storage.ping()
     assert loop.time() - began < 4
-    dead.clear()
+    alive.set()
     await storage.ping()
     await storage.close()
     server.close()

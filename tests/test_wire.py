@@ -357,13 +357,37 @@ async def test_more_streams_than_allowed_are_refused_and_may_be_opened_later() -
             assert await stream.read() == b"room again"
 
 
+async def test_a_flood_of_small_packets_leaves_the_loop_to_others() -> None:
+    async with device() as port:
+        wire = await Wire.connect(port)
+        await wire.greet()
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        packets = 80_000
+        wire.writer.write(packet_header(Command.CLSE, 5, 99, b"", checksum=False) * packets)
+        await wire.writer.drain()
+        turning = asyncio.create_task(others())
+        wire.send(Command.OPEN, 1, 0, b"nothing:")
+        assert (await wire.receive())[0] == Command.CLSE
+        turning.cancel()
+        # Without pauses there is a turn for each read of the socket, some dozens.
+        assert turns > packets / 200
+        wire.close()
+
+
 async def test_a_peer_that_asks_and_never_reads_is_dropped() -> None:
     async with device() as port:
         wire = await Wire.connect(port)
         await wire.greet()
         wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
         unknown = packet_header(Command.OKAY, 5, 99, b"", checksum=False) * 40_000
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionError):
             async with asyncio.timeout(20):
                 while True:
                     wire.writer.write(unknown)

@@ -5,11 +5,13 @@ It outlives whoever has started it. Ready is when `DIR/phone.json` is there. SIG
 
 import argparse
 import asyncio
+import ctypes
 import fcntl
 import logging
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from phones.simulator.adbd import Adbd
 from phones.simulator.phone import Model, Phone, write_json
 
 CLOSE_WITHIN_S = 0.8
+THREADS = 2
+_M_MMAP_THRESHOLD = -3
 
 
 def main() -> int:
@@ -28,6 +32,7 @@ def main() -> int:
     # Without a session of its own the phone would die with the terminal or the server that started it.
     with suppress(PermissionError):
         os.setsid()
+    _keep_memory_small()
     directory: Path = options.data_dir
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -43,6 +48,8 @@ def main() -> int:
 
 async def _run(options: argparse.Namespace, directory: Path) -> int:
     ended = asyncio.Event()
+    # Every thread keeps memory of its own; two are enough to read a file while a picture is drawn.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     model = Model(
@@ -70,6 +77,12 @@ async def _run(options: argparse.Namespace, directory: Path) -> int:
             await adbd.close()
     await asyncio.to_thread(announcement.unlink, missing_ok=True)
     return 0
+
+
+def _keep_memory_small() -> None:
+    """Give pictures back to the system at once: left alone, glibc keeps some 10 MB of them for later."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def _announced(options: argparse.Namespace, phone: Phone) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -145,7 +145,7 @@ def _stamp(entry: Entry) -> str:
     return f"{entry.at:%m-%d %H:%M:%S}.{entry.at.microsecond // 1000:03d}"
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[Entry], str]] = {
     "brief": lambda e: f"{e.priority.letter}/{e.tag:<8}({e.process:5d}): {e.message}",
     "long": lambda e: (
         f"[ {_stamp(e)} {e.process:5d}:{e.thread:5d} {e.priority.letter}/{e.tag:<8} ]\n{e.message}\n"

@@ -383,7 +383,7 @@ def _own_icon(tile: Tile, size: int) -> Image.Image | None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     face = Image.new("RGBA", (size, size), (*WHITE, 255))
-    clear = bitmap.getchannel("A").getextrema()[0] < 128
+    clear = any(bitmap.getchannel("A").histogram()[:128])
     room = round(size * 0.8) if clear else size
     bitmap = bitmap.resize((room, room), Image.Resampling.LANCZOS)
     face.alpha_composite(bitmap, ((size - room) // 2, (size - room) // 2))

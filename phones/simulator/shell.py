@@ -19,7 +19,7 @@ from phones.simulator.calls import (
     to_bytes,
     to_text,
 )
-from phones.simulator.commands import COMMANDS
+from phones.simulator.commands.registry import COMMANDS
 from phones.simulator.console import Console, ScriptInput
 from phones.simulator.expansion import Expansion, ExpansionFault
 from phones.simulator.files import PhoneFileError, resolve

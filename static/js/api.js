@@ -16,13 +16,13 @@ export class Problem extends Error {
   }
 }
 
-export function showProblem(problem) {
+function showProblem(problem) {
   const title = problem.title && problem.title !== problem.message ? problem.title : "";
   toast(title || problem.message, title ? problem.message : "", "error");
 }
 
 /** The problem a failed answer holds. */
-export async function problemOf(response) {
+async function problemOf(response) {
   const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
   return new Problem(response.status, isProblem ? await response.json() : {});
 }

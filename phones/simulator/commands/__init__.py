@@ -1,14 +1,1 @@
-"""The phone's programs, by name. Each is a coroutine that takes a `Call` and returns an exit code."""
-
-from phones.simulator.calls import Command
-from phones.simulator.commands import apps, filesystem, logs, packaging, services, system, text
-
-COMMANDS: dict[str, Command] = {
-    **text.COMMANDS,
-    **filesystem.COMMANDS,
-    **system.COMMANDS,
-    **logs.COMMANDS,
-    **packaging.COMMANDS,
-    **apps.COMMANDS,
-    **services.COMMANDS,
-}
+"""The phone's programs, by theme. Each is a coroutine that takes a `Call` and returns an exit code."""

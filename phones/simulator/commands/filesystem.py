@@ -177,6 +177,7 @@ async def _transfer(call: Call, names: list[str], carry: Callable[[Call, str, st
 
 
 async def _move(call: Call, source: str, target: str) -> None:
+    await call.phone.files.stat(source, follow=False)
     await call.phone.files.rename(source, target)
 
 
