@@ -156,6 +156,8 @@ def _arguments(weed: str, ports: dict[str, tuple[int, int]]) -> list[str]:
         "-s3.config=s3.json",
         "-s3.localSocket=s3.sock",
         "-filer.localSocket=filer.sock",
+        # A resumed master lets volumes in a moment too early now and then: five seconds till they return.
+        "-master.resumeState=false",
         "-volume.preStopSeconds=0",  # there is no second volume server to wait for
         "-master.telemetry=false",
         "-s3.cacheCapacityMB=0",

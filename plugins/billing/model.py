@@ -1,0 +1,136 @@
+"""Billing's configuration, wire models and states."""
+
+from enum import StrEnum
+from typing import Annotated, Final, Literal, Self
+from uuid import UUID
+
+from pydantic import Field, model_validator
+
+from server.api import Incoming, Moment, Outgoing, PageQuery
+from server.plugin import Section
+
+MOST_AN_ORDER: Final = 10**12
+"""Where configured limits end: in minor units, far below what a bigint sums up to."""
+
+
+class SandboxSection(Section):
+    """[billing.providers.sandbox]"""
+
+    secret: str = ""
+
+
+class ProvidersSection(Section):
+    """[billing.providers]"""
+
+    sandbox: SandboxSection = SandboxSection()
+
+
+class BillingSection(Section):
+    """[billing]; amounts in minor units of `currency`."""
+
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "CNY"
+    order_ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 900
+    expiry_interval_s: Annotated[float, Field(gt=0, le=86400)] = 300
+    welcome_credit: Annotated[int, Field(ge=0, le=MOST_AN_ORDER)] = 1000
+    min_order: Annotated[int, Field(ge=1, le=MOST_AN_ORDER)] = 1
+    max_order: Annotated[int, Field(ge=1, le=MOST_AN_ORDER)] = 100_000_000
+    low_balance: Annotated[int, Field(ge=0, le=MOST_AN_ORDER)] = 100
+    providers: ProvidersSection = ProvidersSection()
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> Self:
+        if self.min_order > self.max_order:
+            raise ValueError("min_order is above max_order")
+        return self
+
+
+class OrderState(StrEnum):
+    """Where an order is; only pending ones move."""
+
+    PENDING = "pending"
+    PAID = "paid"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class AccountKind(StrEnum):
+    """Whose money an account counts."""
+
+    USER = "user"
+    REVENUE = "revenue"
+    CLEARING = "clearing"
+    PROMOTIONS = "promotions"
+    UNAPPLIED = "unapplied"
+
+
+class Position(int):
+    """A place in a list, within what the database counts. Raises ValueError for anything else."""
+
+    def __new__(cls, value: object) -> Self:
+        """Take a whole number from a cursor."""
+        if not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ValueError("no place in a list")
+        return super().__new__(cls, value)
+
+
+class Balance(Outgoing):
+    """What a user has."""
+
+    balance: int
+    currency: str
+
+
+class Entry(Outgoing):
+    """One movement on the user's account."""
+
+    id: UUID
+    amount: int
+    balance_after: int
+    kind: str
+    reference: str
+    created_at: Moment
+
+
+class NewOrder(Incoming):
+    """How much to top up, in minor units."""
+
+    amount: int
+
+
+class Order(Outgoing):
+    """A top-up and how far its payment is."""
+
+    id: UUID
+    number: str
+    amount: int
+    currency: str
+    state: OrderState
+    checkout_url: str
+    created_at: Moment
+    expires_at: Moment
+    paid_at: Moment | None
+
+
+class OrderQuery(PageQuery):
+    """Which orders."""
+
+    state: OrderState | None = None
+
+
+class Acknowledgement(Outgoing):
+    """The answer to a payment provider's callback."""
+
+    order_state: OrderState
+
+
+PrintableAscii = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
+
+
+class PaymentEvent(Incoming, extra="ignore"):
+    """What a provider says happened to a payment; every provider's callback is read into this."""
+
+    event_id: PrintableAscii
+    order_number: PrintableAscii
+    amount: Annotated[int, Field(gt=-(2**63), lt=2**63)]
+    currency: PrintableAscii
+    status: Literal["succeeded", "failed"]
