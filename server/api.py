@@ -340,5 +340,5 @@ def from_cursor(cursor: str, *kinds: type) -> list[Any]:
     try:
         position = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         return [kind(value) for kind, value in zip(kinds, position, strict=True)]
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, AttributeError):
         raise Problem(Code.MALFORMED, N_("The cursor is not one of ours.")) from None

@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import logging
 import os
+import random
 import re
 import secrets
 import shutil
@@ -26,6 +27,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -41,6 +43,7 @@ LOG_LIMIT_BYTES = 5 << 20
 LOG_CHECK_S = 60.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+PORTS = range(10240, 20000)
 STEADY_S = 60.0  # a child that ran this long failed anew, not again
 
 _PR_SET_PDEATHSIG = 1
@@ -293,22 +296,31 @@ def keep_text(path: Path, text: str) -> None:
 
 
 def free_ports(count: int, preferred: Sequence[int] = ()) -> list[int]:
-    """`preferred` where all of them are free on the loopback, else `count` others. Blocking."""
+    """`preferred` where all of them are free on the loopback, else `count` others. Blocking.
+
+    Not from the range the kernel gives to outgoing connections: one of those could sit on a port
+    when it is wanted again.
+    """
     with ExitStack() as held:
-        try:
-            if len(preferred) == count:
-                return [_bind(held, port) for port in preferred]
-        except OSError:
-            log.warning("ports %s are in use by other programs; choosing others", list(preferred))
-        return [_bind(held, 0) for _ in range(count)]
+        if len(preferred) == count:
+            if all(_bound(held, port) for port in preferred):
+                return list(preferred)
+            log.warning("one of the ports %s is in use; choosing others", list(preferred))
+        candidates = random.sample(PORTS, len(PORTS))
+        found = list(islice((port for port in candidates if _bound(held, port)), count))
+    if len(found) < count:
+        raise EmbeddedFault(f"no {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
+    return found
 
 
-def _bind(held: ExitStack, port: int) -> int:
+def _bound(held: ExitStack, port: int) -> bool:
     probe = held.enter_context(socket.socket())
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    probe.bind(("127.0.0.1", port))
-    bound: int = probe.getsockname()[1]
-    return bound
+    try:
+        probe.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 class DataDirLock:

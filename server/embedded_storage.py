@@ -23,6 +23,7 @@ from server.embedded import Child, Command, EmbeddedFault, free_ports, keep, kee
 
 MEMORY_LIMIT = "300MiB"
 ANSWER_TIMEOUT_S = 2.0
+PORT_TRIES = 3  # between finding a port free and listening on it somebody may take it
 SOCKETS = Path("/tmp")  # noqa: S108 - weed's choice, not ours
 
 _PARTS = ("master", "volume", "filer", "s3", "admin")  # each has an HTTP and a gRPC port
@@ -44,7 +45,6 @@ class EmbeddedStorage:
         assert data_dir.is_absolute()
         self._data_dir = data_dir
         self._log_file = self._data_dir / "logs" / "storage.log"
-        self._sockets: list[Path] = []  # weed leaves them behind when it is killed
         self._child: Child | None = None
 
     @property
@@ -58,6 +58,12 @@ class EmbeddedStorage:
         Raises EmbeddedFault, in one line that names the log.
         """
         try:
+            for _ in range(PORT_TRIES - 1):
+                try:
+                    return await self._start()
+                except EmbeddedFault as fault:
+                    if "address already in use" not in str(fault):
+                        raise
             return await self._start()
         except OSError as error:
             raise EmbeddedFault(
@@ -76,7 +82,6 @@ class EmbeddedStorage:
         await asyncio.to_thread(self._child.end_leftover)  # before its ports are found in use
         state = await asyncio.to_thread(_settle, self._data_dir, folder)
         ports = dict(zip(_PARTS, zip(state["ports"][::2], state["ports"][1::2], strict=True), strict=True))
-        self._sockets = [SOCKETS / f"seaweedfs-{part}-grpc-{grpc}.sock" for part, (_, grpc) in ports.items()]
         s3_port = ports["s3"][0]
         command = Command(
             _arguments(await asyncio.to_thread(_weed), ports),
@@ -97,7 +102,7 @@ class EmbeddedStorage:
         if self._child is not None:
             await self._child.stop()
             self._child = None
-            await asyncio.to_thread(_remove, self._sockets)
+            await asyncio.to_thread(_remove_sockets, self._data_dir)
 
 
 def _weed() -> str:
@@ -121,6 +126,7 @@ def _settle(data_dir: Path, folder: Path) -> dict[str, Any]:
         "inner_key": secrets.token_urlsafe(30),
         "ports": [],
     }
+    _remove_sockets(data_dir)
     state["ports"] = free_ports(2 * len(_PARTS), state["ports"])
     keep(state_file, state)
     credentials = [{"accessKey": state["access_key"], "secretKey": state["secret_key"]}]
@@ -181,7 +187,9 @@ async def _answers(port: int) -> bool:
             writer.close()
 
 
-def _remove(sockets: list[Path]) -> None:
-    for path in sockets:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+def _remove_sockets(data_dir: Path) -> None:
+    """Those weed leaves outside its folder when it is killed."""
+    for port in recall(data_dir / "storage.json").get("ports", ()):
+        for path in SOCKETS.glob(f"seaweedfs-*-grpc-{port}.sock"):
+            with suppress(OSError):
+                path.unlink()

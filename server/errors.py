@@ -48,6 +48,7 @@ class Code(StrEnum):
     INVALID_STATE = "invalid_state", 409, N_("Not possible in this state")
     DEVICE_NOT_RUNNING = "device_not_running", 409, N_("The phone is not running")
     ORDER_CLOSED = "order_closed", 409, N_("The order is closed")
+    COMMAND_ENDED = "command_ended", 409, N_("The command was ended")
     IN_PROGRESS = "in_progress", 409, N_("The same request is under way")
     TOO_LARGE = "too_large", 413, N_("Too large")
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type", 415, N_("Unsupported media type")

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from server.errors import Code, Problem
 from server.i18n import N_, pick_locale, translate
@@ -48,19 +49,20 @@ _SENTENCES = {
     "string_too_long": N_("At most {max_length} characters, please."),
     "greater_than_equal": N_("At least {ge}, please."),
     "less_than_equal": N_("At most {le}, please."),
-    "value_error": N_("This does not fit: {error}"),
 }
 _UNFIT = N_("This does not fit here.")
 
 
 def _sentences(error: ValidationError, locale: str) -> dict[str, str]:
     found = error.errors(include_input=False, include_url=False)
-    return {
-        str(one["loc"][0]) if one["loc"] else "": translate(
-            locale, _SENTENCES.get(one["type"], _UNFIT), one.get("ctx", {})
-        )
-        for one in found
-    }
+    return {str(one["loc"][0]) if one["loc"] else "": _sentence(one, locale) for one in found}
+
+
+def _sentence(one: ErrorDetails, locale: str) -> str:
+    context = one.get("ctx", {})
+    if one["type"] == "value_error":  # raised by a model of ours, with an N_() message
+        return translate(locale, str(context["error"]))
+    return translate(locale, _SENTENCES.get(one["type"], _UNFIT), context)
 
 
 def _again(

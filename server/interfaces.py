@@ -5,7 +5,7 @@ writes takes the caller's transaction first, so that a ledger entry, a device's 
 notification commit together.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +77,12 @@ class Directory(Protocol):
     async def administrators(self, tx: Tx) -> list[UUID]:
         """The active administrators."""
 
+    async def everyone(self, tx: Tx) -> list[UUID]:
+        """Every active account."""
+
+    async def among(self, tx: Tx, user_ids: Collection[UUID]) -> set[UUID]:
+        """Which of these are accounts."""
+
 
 class Notifier(Protocol):
     """Tells a user something, now and for ever; provided by notify."""
@@ -95,8 +101,22 @@ class Notifier(Protocol):
         """Store a notification in the caller's transaction; it is streamed once that commits.
 
         `title` and `body` are N_() messages with `{names}` from `params`, translated for each reader.
-        `data` is for programs and goes out as it is.
+        `data` is for programs and goes out as it is. One without a title only moves what pages show,
+        and counts as read.
         """
+
+    async def broadcast(
+        self,
+        tx: Tx,
+        user_ids: Collection[UUID],
+        topic: Topic,
+        title: str,
+        body: str,
+        *,
+        params: Mapping[str, object] | None = None,
+        data: Mapping[str, object] | None = None,
+    ) -> None:
+        """The same to several users: one statement, in an order in which two never wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +128,11 @@ class Charged:
 
 
 class Ledger(Protocol):
-    """Users' money, in minor units of one currency; provided by billing."""
+    """Users' money, in minor units of one currency; provided by billing.
+
+    A transaction asks it before it publishes a notification: locks that are always taken in the same
+    order never wait for each other in a circle.
+    """
 
     currency: str
 

@@ -6,6 +6,7 @@ by a test that uses them. Each test gets a database and a bucket of its own.
 
 import asyncio
 import itertools
+import json
 import shutil
 import tempfile
 import threading
@@ -13,12 +14,12 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 
 from server.db import Database
-from server.embedded_postgres import EmbeddedPostgres, known_url
+from server.embedded_postgres import PUBLIC_HOME, EmbeddedPostgres
 from server.embedded_storage import EmbeddedStorage, StorageAccess
 from server.storage import Storage
 
@@ -62,9 +63,9 @@ class Servers:
             started.exception(START_TIMEOUT_S)
         self._run(self._close()).result(START_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        cluster = cluster_of(self._data_dir)
-        if cluster.parent != self._data_dir:
-            shutil.rmtree(cluster.parent)
+        home = cluster_of(self._data_dir).parent
+        if home.parent == PUBLIC_HOME:
+            shutil.rmtree(home)
         shutil.rmtree(self._data_dir)
 
     async def new_database(self, template: str = "template1") -> str:
@@ -130,9 +131,8 @@ async def open_storage(access: StorageAccess, bucket: str) -> Storage:
 
 def cluster_of(data_dir: Path) -> Path:
     """Where the private PostgreSQL of this data folder keeps its files."""
-    url = known_url(data_dir)
-    assert url is not None
-    return Path(parse_qs(urlsplit(url).query)["host"][0])
+    home = json.loads((data_dir / "postgres.json").read_text())["home"]
+    return Path(home or data_dir) / "postgres"
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ async def touches_it(person: Person, device_id: str) -> None:
     for gesture in (
         {"type": "swipe", "x": 300, "y": 900, "to_x": 300, "to_y": 500, "duration_ms": 100},
         {"type": "key", "key": "HOME"},
-        {"type": "tap", "x": 120, "y": 400},
+        {"type": "tap", "x": 359, "y": 1076},
         {"type": "text", "text": "hello 你好"},
     ):
         await person.call("POST", f"/devices/{device_id}/input", status=204, json=gesture)
@@ -178,7 +178,7 @@ async def tops_up(person: Person) -> None:
     """Order, pay on the sandbox's page, see the balance move."""
     before = (await person.call("GET", "/billing/balance", status=200))["balance"]
     order = await person.call("POST", "/billing/orders", status=201, json={"amount": 5000})
-    async with person._http.post(order["checkout_url"], data={"outcome": "pay"}) as page:
+    async with person._http.post(order["checkout_url"], data={"outcome": "succeeded"}) as page:
         assert page.status == 200
     await person.told("billing.order", order_id=order["id"], state="paid")
     await person.told("billing.balance", amount=5000)

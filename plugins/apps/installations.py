@@ -210,7 +210,7 @@ INSTALLATIONS: Final = web.AppKey("INSTALLATIONS", Installations)
 
 
 def _installation(row: Record) -> Installation:
-    return Installation.model_construct(**{name: row[name] for name in Installation.model_fields})
+    return Installation(**{name: row[name] for name in Installation.model_fields})
 
 
 @contextmanager

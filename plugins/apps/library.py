@@ -216,7 +216,7 @@ LIBRARY: Final = web.AppKey("LIBRARY", Library)
 
 
 def _app(row: Record) -> App:
-    return App.model_construct(**{name: row[name] for name in App.model_fields})
+    return App(**{name: row[name] for name in App.model_fields})
 
 
 async def _facts(spool: Path) -> ApkFacts:

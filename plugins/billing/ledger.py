@@ -62,7 +62,6 @@ class Accounts:
         section = app[CONFIGURATION].section("billing")
         assert isinstance(section, BillingSection)
         self.currency = section.currency
-        self._low_balance = section.low_balance
         self._welcome_credit = section.welcome_credit
         self._database = app[DATABASE]
         self._notifier = app[NOTIFIER]
@@ -149,7 +148,7 @@ class Accounts:
     async def charge(
         self, tx: Tx, user_id: UUID, amount: int, *, kind: str, reference: str, partial: bool = False
     ) -> Charged:
-        """Take `amount` from the user in one statement; says so only when the balance gets low or spent.
+        """Take `amount` from the user in one statement, and tell them only when that spends their balance.
 
         Raises Problem(insufficient_balance) where the balance is smaller, unless `partial`: then what
         there is is taken, and `Charged.amount` says how much that was.
@@ -164,11 +163,14 @@ class Accounts:
             raise Problem(Code.INSUFFICIENT_BALANCE, N_("Your balance does not cover this; top it up first."))
         if not posted:
             return Charged(0, 0)
-        await self._warn(tx, posted[0])
+        if posted[0].balance_after == 0:
+            title = N_("Your balance is spent")
+            body = N_("Running phones are stopped and keep their data. Top up to start them again.")
+            await self.publish(tx, [self.moved(posted[0], "spent", body, title)])
         return Charged(-posted[0].amount, posted[0].balance_after)
 
     async def post(self, tx: Tx, postings: Sequence[Posting], *, partial: bool = False) -> list[Posted]:
-        """Write the entries of many postings at once, in order.
+        """Write the entries of many postings at once, in order; at most one of them takes from a user.
 
         One that its account does not cover is left out, or with `partial` cut to what there is. Accounts
         are locked in the order of their users, so that two batches never wait for each other in a circle.
@@ -285,17 +287,6 @@ class Accounts:
                 params=message.params,
                 data=message.data,
             )
-
-    async def _warn(self, tx: Tx, charged: Posted) -> None:
-        """Tell the user once when a charge makes the balance low, and once when it spends it."""
-        before = charged.balance_after - charged.amount
-        if charged.balance_after == 0:
-            title = N_("Your balance is spent")
-            body = N_("Running phones are stopped and keep their data. Top up to start them again.")
-            await self.publish(tx, [self.moved(charged, "spent", body, title)])
-        elif charged.balance_after < self._low_balance <= before:
-            body = N_("Top up before your phones are stopped.")
-            await self.publish(tx, [self.moved(charged, "low", body, N_("Only {balance} are left"))])
 
 
 ACCOUNTS: Final = web.AppKey("ACCOUNTS", Accounts)

@@ -34,7 +34,6 @@ class BillingSection(Section):
     welcome_credit: Annotated[int, Field(ge=0, le=MOST_AN_ORDER)] = 1000
     min_order: Annotated[int, Field(ge=1, le=MOST_AN_ORDER)] = 1
     max_order: Annotated[int, Field(ge=1, le=MOST_AN_ORDER)] = 100_000_000
-    low_balance: Annotated[int, Field(ge=0, le=MOST_AN_ORDER)] = 100
     providers: ProvidersSection = ProvidersSection()
 
     @model_validator(mode="after")

@@ -193,10 +193,14 @@ class Payments:
             Posting(order["user_id"], order["amount"], AccountKind.CLEARING, "top_up", order["number"])
             for order in orders
         ]
-        for posted in await self._accounts.post(tx, credits):
-            batch.to_users.append(self._accounts.moved(posted, "top_up", N_("{amount} were added.")))
-        title, body = N_("Order {number} is paid"), N_("The amount is in your balance.")
-        batch.to_users += [order_message(order, title, body, state=OrderState.PAID) for order in orders]
+        title, body, added = (
+            N_("Order {number} is paid"),
+            N_("The amount is in your balance."),
+            N_("{amount} were added."),
+        )
+        for order, posted in zip(orders, await self._accounts.post(tx, credits), strict=True):
+            batch.to_users.append(order_message(order, title, body, state=OrderState.PAID))
+            batch.to_users.append(self._accounts.moved(posted, "top_up", added))
 
     async def _set_aside(self, tx: Tx, batch: _Batch) -> None:
         """Book what came for closed orders as unapplied; the first time, say so."""

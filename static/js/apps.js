@@ -19,7 +19,7 @@ function showApp(app) {
   const card = fill("app-card", {
     label: app.label || app.package,
     package: app.package,
-    version: app.version_name ?? "",
+    version: app.version_name ?? app.version_code ?? "–",
     size: fileSize(app.size_bytes),
   });
   card.dataset.appId = app.id;

@@ -1,0 +1,185 @@
+"""Billing's routes and pages."""
+
+from typing import Final, Literal
+from uuid import UUID
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from plugins.billing.ledger import ACCOUNTS
+from plugins.billing.model import Acknowledgement, Balance, Entry, NewOrder, Order, OrderQuery, OrderState
+from plugins.billing.orders import ORDERS
+from plugins.billing.payments import PAYMENTS
+from plugins.billing.providers import PROVIDERS
+from plugins.billing.sandbox import Sandbox
+from server.api import Page, PageQuery, Routes
+from server.auth import PUBLIC_ORIGIN, Access, Caller
+from server.errors import Code, Problem, not_found
+from server.forms import submit
+from server.i18n import N_, money, parse_money, pick_locale, translate
+from server.interfaces import OWN_URL
+from server.pages import render
+from server.request_keys import CALLER
+
+SHOWN_ON_PAGE: Final = 20
+
+routes = Routes("billing")
+
+
+def _origin(request: web.Request) -> str:
+    """This server as the reader reaches it, for addresses that go back to that reader alone."""
+    return request.app[PUBLIC_ORIGIN] or f"{request.scheme}://{request.host}"
+
+
+@routes.api("GET", "/billing/balance", access=Access.USER)
+async def balance(request: web.Request, caller: Caller) -> Balance:
+    """What you have."""
+    return request.app[ACCOUNTS].balance_of(caller.user_id)
+
+
+@routes.api("GET", "/billing/ledger", access=Access.USER)
+async def ledger(request: web.Request, caller: Caller, query: PageQuery) -> Page[Entry]:
+    """What came and went, newest first."""
+    return await request.app[ACCOUNTS].page(caller.user_id, query)
+
+
+@routes.api("POST", "/billing/orders", access=Access.USER, status=201, problems=(Code.UNAVAILABLE,),
+            location="/api/v1/billing/orders/{id}")  # fmt: skip
+async def create(request: web.Request, caller: Caller, body: NewOrder, new_id: UUID) -> Order:
+    """Order a top-up; it is paid at `checkout_url`."""
+    return await request.app[ORDERS].create(caller, body.amount, new_id, _origin(request))
+
+
+@routes.api("GET", "/billing/orders", access=Access.USER)
+async def list_orders(request: web.Request, caller: Caller, query: OrderQuery) -> Page[Order]:
+    """Your orders, newest first."""
+    return await request.app[ORDERS].page(caller, query, _origin(request))
+
+
+@routes.api("GET", "/billing/orders/{order_id}", access=Access.USER)
+async def get(request: web.Request, caller: Caller, order_id: UUID) -> Order:
+    """One order."""
+    return await request.app[ORDERS].get(caller, order_id, _origin(request))
+
+
+@routes.api("POST", "/billing/orders/{order_id}/cancel", access=Access.USER, problems=(Code.INVALID_STATE,))
+async def cancel(request: web.Request, caller: Caller, order_id: UUID) -> Order:
+    """Cancel an order that is not paid yet."""
+    return await request.app[ORDERS].cancel(caller, order_id, _origin(request))
+
+
+@routes.api("POST", "/billing/payments/{provider}", access=Access.PUBLIC, problems=(
+    Code.BAD_SIGNATURE, Code.UNKNOWN_ORDER, Code.ORDER_CLOSED, Code.AMOUNT_MISMATCH))  # fmt: skip
+async def payment(request: web.Request, provider: str) -> Acknowledgement:
+    """The payment provider's callback; it may be repeated.
+
+    The sandbox signs with `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256(secret, "<t>.<raw body>")>`
+    and sends `{event_id, order_number, amount, currency, status: "succeeded"|"failed", occurred_at}`.
+    """
+    return await request.app[PAYMENTS].take(provider, request.headers, await request.read())
+
+
+class TopUp(BaseModel):
+    """The form on the balance's page."""
+
+    amount: str
+
+
+class Outcome(BaseModel):
+    """Which button of the sandbox's page was pressed."""
+
+    outcome: Literal["pay", "fail", "later"]
+
+
+async def _billing_context(request: web.Request, caller: Caller) -> dict[str, object]:
+    accounts, orders = request.app[ACCOUNTS], request.app[ORDERS]
+    shown = await orders.page(caller, OrderQuery(limit=SHOWN_ON_PAGE), _origin(request))
+    entries = await accounts.page(caller.user_id, PageQuery(limit=SHOWN_ON_PAGE))
+    now = accounts.balance_of(caller.user_id)
+    return {
+        "balance": now.balance,
+        "currency": now.currency,
+        "orders": shown.items,
+        "ledger": entries.items,
+        "errors": {},
+        "values": {},
+    }
+
+
+def _typed_amount(request: web.Request, typed: str) -> int:
+    """An amount in minor units. Raises Problem(invalid) in the reader's words."""
+    orders, locale = request.app[ORDERS], pick_locale(request)
+    try:
+        amount = parse_money(typed, orders.currency, locale)
+    except ValueError:
+        amount = 0
+    if orders.least <= amount <= orders.most:
+        return amount
+    limits = {
+        "least": money(orders.least, orders.currency, locale),
+        "most": money(orders.most, orders.currency, locale),
+    }
+    sentence = translate(locale, N_("Enter an amount between {least} and {most}."), limits)
+    raise Problem(Code.INVALID, errors=[("amount", sentence)])
+
+
+@routes.page("GET", "/billing", access=Access.USER)
+async def billing_page(request: web.Request, caller: Caller) -> web.Response:
+    """Balance, top-up, orders and ledger."""
+    return render(request, "billing/index.html", await _billing_context(request, caller))
+
+
+@routes.page("POST", "/billing", access=Access.USER)
+async def top_up(request: web.Request, caller: Caller, new_id: UUID) -> web.StreamResponse:
+    """Order a top-up and go on to its payment."""
+
+    async def order(form: TopUp) -> str:
+        amount = _typed_amount(request, form.amount)
+        made = await request.app[ORDERS].create(caller, amount, new_id, "")
+        return made.checkout_url
+
+    context = await _billing_context(request, caller)
+    return await submit(request, TopUp, order, "billing/index.html", context)
+
+
+@routes.page("GET", "/billing/orders/{order_id}", access=Access.USER)
+async def order_page(request: web.Request, caller: Caller, order_id: UUID) -> web.Response:
+    """One order."""
+    order = await request.app[ORDERS].get(caller, order_id, _origin(request))
+    return render(request, "billing/order.html", {"order": order})
+
+
+def _sandbox(request: web.Request) -> Sandbox:
+    provider = request.app[PROVIDERS].get(Sandbox.name)
+    if not isinstance(provider, Sandbox):
+        raise not_found()
+    return provider
+
+
+@routes.page("GET", "/checkout/sandbox/{number}", access=Access.PUBLIC)
+async def checkout_page(request: web.Request, number: str) -> web.Response:
+    """The sandbox's payment page, for whoever knows the order's number."""
+    order, _ = await request.app[ORDERS].numbered(_sandbox(request).name, number, _origin(request))
+    return render(request, "billing/checkout_sandbox.html", {"order": order})
+
+
+@routes.page("POST", "/checkout/sandbox/{number}", access=Access.PUBLIC)
+async def pay(request: web.Request, caller: Caller | None, number: str) -> web.StreamResponse:
+    """Let the sandbox report a payment, a failure or nothing, and go to where the order's state is seen."""
+    sandbox = _sandbox(request)
+    order, owner_id = await request.app[ORDERS].numbered(sandbox.name, number, _origin(request))
+
+    async def report(form: Outcome) -> str:
+        if form.outcome != "later" and order.state is OrderState.PENDING:
+            status: Literal["succeeded", "failed"] = "succeeded" if form.outcome == "pay" else "failed"
+            await sandbox.deliver(order, status, request.app[OWN_URL]())
+        is_owner = caller is not None and caller.user_id == owner_id
+        return f"/billing/orders/{order.id}" if is_owner else f"/checkout/sandbox/{number}"
+
+    return await submit(request, Outcome, report, "billing/checkout_sandbox.html", {"order": order})
+
+
+def balance_of_page(request: web.Request) -> dict[str, object]:
+    """What billing tells the header of every page."""
+    caller: Caller | None = request.get(CALLER)
+    return request.app[ACCOUNTS].balance_of(caller.user_id).model_dump() if caller else {}

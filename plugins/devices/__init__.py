@@ -1,0 +1,198 @@
+"""Devices: rented phones, their states, ports and prices, and how they are seen and touched.
+
+Tables: `devices`, `device_ports`.
+
+Invariants: what is wanted of a phone is a row before anything happens to the phone; whatever is broken
+off is taken up again from there, also after a kill -9, and phones outlive the server. A port belongs to
+one device at most, from before its phone starts until the machine says that the phone is gone. A phone
+costs from the moment it runs until somebody asks for its end, to the second; nothing where it never
+came up. Its owner hears of every change of state.
+
+`fleet` holds the rows and their mirror in memory, `room` the operations, `reconciler` carries them out,
+`metering` counts, `control` talks to a running phone.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from aiohttp import web
+from prometheus_client import Gauge
+
+from phones.host import lack_for_android
+from phones.ports import PortAllocator
+from phones.runtime import Runtime, RuntimeFault
+from phones.simulated import SimulatedRuntime
+from plugins.devices.fleet import Fleet
+from plugins.devices.links import Links
+from plugins.devices.metering import Metering
+from plugins.devices.model import DeviceState
+from plugins.devices.reconciler import Reconciler
+from plugins.devices.room import DEVICES, Devices
+from plugins.devices.routes import facts_of_page, routes
+from plugins.devices.schema import MIGRATIONS
+from plugins.devices.section import DevicesSection
+from server.i18n import N_
+from server.interfaces import (
+    CLOCK,
+    CONFIGURATION,
+    DATA_DIR,
+    DATABASE,
+    EVENTS,
+    LEDGER,
+    NOTIFIER,
+    PHONES,
+)
+from server.observe import METRICS, Metrics
+from server.pages import PAGE_CONTEXT
+from server.plugin import Check, Job, Lifespan, Plugin, PluginFault
+
+OPEN_DEADLINE_S: Final = 60.0
+
+METERING: Final = web.AppKey("METERING", Metering)
+RECONCILER: Final = web.AppKey("RECONCILER", Reconciler)
+
+MakeRuntime = Callable[[Path], Runtime]
+
+
+def _why_simulated(section: DevicesSection) -> str:
+    """The sentence for the pages. Raises PluginFault where real phones are asked for. Blocking."""
+    if section.runtime == "docker":
+        raise PluginFault(
+            "devices.runtime: this version cannot drive a Docker engine yet;"
+            ' set it to "auto" or "simulated" and phones are simulated'
+        )
+    if section.runtime == "simulated":
+        return N_("This server is configured to simulate its phones.")
+    match lack_for_android(section.docker_url):
+        case "engine":
+            return N_("No Docker engine answers on this machine.")
+        case "binder":
+            return N_(
+                "A Docker engine is there, but this machine's kernel lacks binder, which Android needs."
+            )
+        case None:
+            return N_("This machine can run Android, but this version cannot drive its Docker engine yet.")
+
+
+def _check_address(address: str) -> None:
+    """Raises PluginFault where phones could not listen."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise PluginFault(f"devices.bind_address: cannot listen on {address}: {error.strerror}") from None
+
+
+def lifespan_with(make_runtime: MakeRuntime) -> Lifespan:
+    """The plugin's lifespan on a runtime of one's own, which keeps its things in the folder it is given."""
+
+    @asynccontextmanager
+    async def lifespan(app: web.Application) -> AsyncIterator[None]:
+        """Take the rows into memory and open the runtime; the reconciler's first run does the rest."""
+        section = app[CONFIGURATION].section("devices")
+        assert isinstance(section, DevicesSection)
+        reason = await asyncio.to_thread(_why_simulated, section)
+        await asyncio.to_thread(_check_address, section.bind_address)
+        ports = PortAllocator(
+            adb=section.adb_ports,
+            webrtc=section.webrtc_ports,
+            scrcpy=section.scrcpy_ports,
+            bind_address=section.bind_address,
+        )
+        fleet = Fleet(app[DATABASE], app[NOTIFIER], ports)
+        await fleet.load()
+        runtime = make_runtime(app[DATA_DIR] / "phones")
+        links = Links(section.bind_address)
+        metering = Metering(app[DATABASE], app[LEDGER], app[EVENTS], fleet, section)
+        reconciler = Reconciler(runtime, fleet, links, metering, app[EVENTS], app[CLOCK], section)
+        fleet.doorbell = reconciler.ring
+        async with _opened(runtime):
+            app[DEVICES] = app[PHONES] = Devices(runtime, reason, fleet, links, metering, app[CLOCK], section)
+            app[METERING], app[RECONCILER] = metering, reconciler
+            app[PAGE_CONTEXT].append(facts_of_page)
+            _measure(app[METRICS], fleet)
+            watching = asyncio.create_task(reconciler.watch(runtime.events()))
+            try:
+                yield
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+                await reconciler.close()
+                await links.close_all()
+
+    return lifespan
+
+
+@asynccontextmanager
+async def _opened(runtime: Runtime) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(OPEN_DEADLINE_S):
+            await runtime.open()
+    except (RuntimeFault, TimeoutError) as fault:
+        raise PluginFault(f"devices: {fault or 'the runtime did not open in time'}") from None
+    try:
+        yield
+    finally:
+        await runtime.close()
+
+
+def _measure(metrics: Metrics, fleet: Fleet) -> None:
+    devices = Gauge("cloudphone_devices", "Devices by state.", ["state"], registry=metrics.registry)
+    for state in DeviceState:
+        devices.labels(state.value).set_function(partial(_count, fleet, state))
+    free = Gauge("cloudphone_ports_free", "Ports left to give.", ["range"], registry=metrics.registry)
+    for name in fleet.ports.free_counts():
+        free.labels(name).set_function(partial(_free, fleet, name))
+
+
+def _count(fleet: Fleet, state: DeviceState) -> int:
+    return sum(device.state is state for device in fleet.all())
+
+
+def _free(fleet: Fleet, name: str) -> int:
+    return fleet.ports.free_counts()[name]
+
+
+async def _reconcile(app: web.Application) -> None:
+    await app[RECONCILER].reconcile()
+
+
+async def _meter(app: web.Application) -> None:
+    await app[METERING].meter()
+
+
+async def _expire(app: web.Application) -> None:
+    await app[METERING].expire()
+
+
+async def _ask_runtime(app: web.Application) -> None:
+    section = app[CONFIGURATION].section("devices")
+    assert isinstance(section, DevicesSection)
+    await asyncio.to_thread(_why_simulated, section)
+    devices = app.get(DEVICES)  # the doctor has no room
+    if devices is not None:
+        await devices.runtime.inspect(str(UUID(int=0)))
+
+
+PLUGIN: Final = Plugin(
+    name="devices",
+    config=DevicesSection,
+    lifespan=lifespan_with(SimulatedRuntime),
+    needs=(NOTIFIER, LEDGER),
+    provides=(PHONES,),
+    migrations=MIGRATIONS,
+    routes=routes.declared,
+    jobs=(
+        Job("devices.reconcile", every_s=15, deadline_s=60, run=_reconcile),
+        Job("devices.meter", every_s=10, deadline_s=60, run=_meter),
+        Job("devices.expire", every_s=3600, deadline_s=120, run=_expire),
+    ),
+    checks=(Check("runtime", _ask_runtime, "see devices.runtime in the configuration"),),
+)

@@ -1,0 +1,319 @@
+"""What a device is: its states, its row as memory holds it, and the models of the API."""
+
+import unicodedata
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, Self
+from uuid import UUID
+
+from pydantic import AfterValidator, Field, RootModel, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from phones.runtime import PhoneSpec, PortTriple, RuntimeName
+from plugins.devices.section import ImageSection, PlanSection
+from server.api import Incoming, Moment, Outgoing, PageQuery
+from server.db import Record
+from server.i18n import N_, translate
+
+
+class DeviceState(StrEnum):
+    """Where a device is. The passing ones end by the reconciler's work."""
+
+    CREATING = "creating"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    RESETTING = "resetting"
+    DELETING = "deleting"
+    FAILED = "failed"
+
+
+class Wanted(StrEnum):
+    """Where a device shall be in the end."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    DELETED = "deleted"
+
+
+COMING_UP: Final = frozenset({DeviceState.CREATING, DeviceState.STARTING})
+PASSING: Final = COMING_UP | {DeviceState.STOPPING, DeviceState.RESETTING, DeviceState.DELETING}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a device is made of: its image and plan as they were when it was rented."""
+
+    image_kind: Literal["redroid", "simulated"]
+    image_reference: str
+    android_version: str
+    cpus: float
+    memory_mb: int
+    width: int
+    height: int
+    dpi: int
+
+    @classmethod
+    def chosen(cls, image: ImageSection, plan: PlanSection) -> Self:
+        """The image on the plan."""
+        return cls(
+            image_kind=image.kind,
+            image_reference=image.reference,
+            android_version=image.android_version,
+            cpus=plan.cpus,
+            memory_mb=plan.memory_mb,
+            width=plan.width,
+            height=plan.height,
+            dpi=plan.dpi,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """Why a device is in its state: an N_() message and its values, or nothing."""
+
+    message: str = ""
+    params: dict[str, object] = field(default_factory=dict)
+
+    def text(self, locale: str) -> str | None:
+        """The sentence in a reader's language; None where there is nothing to say."""
+        return translate(locale, self.message, self.params) or None
+
+
+NOTHING: Final = Detail()
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Rented:
+    """A device's row. `generation` rises with each intent; `ports` are held until the phone is gone."""
+
+    id: UUID
+    owner_id: UUID
+    name: str
+    image: str
+    plan: str
+    price_per_hour: int
+    hardware: Hardware
+    state: DeviceState
+    wanted: Wanted
+    created_at: datetime
+    updated_at: datetime
+    detail: Detail = NOTHING
+    generation: int = 1
+    started_at: datetime | None = None
+    metered_until: datetime | None = None
+    charge_remainder: int = 0
+    warned: bool = False
+    spent_at: datetime | None = None
+    revived_at: datetime | None = None
+    ports: PortTriple | None = None
+    shown: "dict[str, Device]" = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_row(cls, row: Record, ports: PortTriple | None) -> Self:
+        """The device of a row of `devices`, with what `device_ports` says."""
+        values: dict[str, Any] = dict(row)
+        detail = Detail(values.pop("detail"), values.pop("detail_params"))
+        hardware = Hardware(**values.pop("hardware"))
+        state, wanted = DeviceState(values.pop("state")), Wanted(values.pop("wanted_state"))
+        return cls(**values, detail=detail, hardware=hardware, state=state, wanted=wanted, ports=ports)
+
+    @property
+    def position(self) -> tuple[int, UUID]:
+        """Where it stands in a list: by the microseconds of its making."""
+        return (self.created_at - _EPOCH) // timedelta(microseconds=1), self.id
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it runs or is about to, so that its owner must be able to pay for it."""
+        return self.state is DeviceState.RUNNING or (self.wanted is Wanted.RUNNING and self.state in PASSING)
+
+    @property
+    def needs_work(self) -> bool:
+        """Whether the reconciler has something to do: a passing state, or ports of a failed phone."""
+        return self.state in PASSING or (self.state is DeviceState.FAILED and self.ports is not None)
+
+    def spec(self, bind_address: str) -> PhoneSpec:
+        """What the runtime needs to know."""
+        assert self.ports is not None
+        return PhoneSpec(
+            id=str(self.id),
+            name=self.name,
+            bind_address=bind_address,
+            ports=self.ports,
+            **asdict(self.hardware),
+        )
+
+
+class Ports(Outgoing):
+    """Where a device is reached, on the address of `devices.bind_address`."""
+
+    adb: int
+    webrtc: int
+    scrcpy: int
+
+
+class Device(Outgoing):
+    """A rented phone."""
+
+    id: UUID
+    name: str
+    owner_id: UUID
+    state: DeviceState
+    state_detail: str | None
+    image: str
+    plan: str
+    runtime: RuntimeName
+    ports: Ports | None
+    created_at: Moment
+    started_at: Moment | None
+    updated_at: Moment
+
+
+def show(device: Rented, runtime: RuntimeName, locale: str) -> Device:
+    """The device as the API gives it; made once a language, as most are read more often than changed."""
+    shown = device.shown.get(locale)
+    if shown is None:
+        ports = device.ports
+        shown = device.shown[locale] = Device.model_construct(
+            id=device.id,
+            name=device.name,
+            owner_id=device.owner_id,
+            state=device.state,
+            state_detail=device.detail.text(locale),
+            image=device.image,
+            plan=device.plan,
+            runtime=runtime,
+            ports=Ports.model_construct(**asdict(ports)) if ports else None,
+            created_at=device.created_at,
+            started_at=device.started_at,
+            updated_at=device.updated_at,
+        )
+    return shown
+
+
+class DeviceImage(Outgoing):
+    """An Android to choose."""
+
+    name: str
+    kind: Literal["redroid", "simulated"]
+    android_version: str
+
+
+class DevicePlan(Outgoing):
+    """A size and its price."""
+
+    name: str
+    cpus: float
+    memory_mb: int
+    width: int
+    height: int
+    dpi: int
+    price_per_hour: int
+    currency: str
+
+
+class DeviceStats(Outgoing):
+    """What a running device uses now; network figures count since it started."""
+
+    cpu_percent: float
+    memory_bytes: int
+    memory_limit_bytes: int
+    rx_bytes: int
+    tx_bytes: int
+
+
+class ShellAnswer(Outgoing):
+    """What a command left behind; bytes that are no UTF-8 are replaced."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+_TURNING: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _plain(name: str) -> str:
+    if any(
+        unicodedata.category(character) in {"Cc", "Zl", "Zp"} or character in _TURNING for character in name
+    ):
+        raise PydanticCustomError(
+            "device_name", N_("The name must not hold control characters or change the writing direction.")
+        )
+    return name
+
+
+Name = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64), AfterValidator(_plain)
+]
+
+
+class NewDevice(Incoming):
+    """What to rent."""
+
+    name: Name
+    image: Annotated[str, Field(max_length=64)]
+    plan: Annotated[str, Field(max_length=64)]
+
+
+class DeviceChanges(Incoming):
+    """What to change."""
+
+    name: Name
+
+
+class DeviceQuery(PageQuery):
+    """Which devices."""
+
+    state: DeviceState | None = None
+
+
+Pixel = Annotated[int, Field(ge=0)]
+
+
+class Tap(Incoming):
+    """A short touch."""
+
+    type: Literal["tap"]
+    x: Pixel
+    y: Pixel
+
+
+class Swipe(Incoming):
+    """A finger drawn over the screen."""
+
+    type: Literal["swipe"]
+    x: Pixel
+    y: Pixel
+    to_x: Pixel
+    to_y: Pixel
+    duration_ms: Annotated[int, Field(ge=1, le=10_000)] = 300
+
+
+class Text(Incoming):
+    """Text typed where the phone's cursor is."""
+
+    type: Literal["text"]
+    text: Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Key(Incoming):
+    """A key by its Android name, with or without KEYCODE_."""
+
+    type: Literal["key"]
+    key: Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,40}$")]
+
+
+class Gesture(RootModel[Annotated[Tap | Swipe | Text | Key, Field(discriminator="type")]]):
+    """What a finger or a keyboard does."""
+
+
+class ShellCommand(Incoming):
+    """A command line for the phone's shell."""
+
+    command: Annotated[str, Field(min_length=1, max_length=32_768)]
+    timeout_s: Annotated[float, Field(ge=1, le=300)] = 30

@@ -1,0 +1,230 @@
+"""Devices' operations and pages."""
+
+from dataclasses import asdict
+from typing import Any
+from uuid import UUID
+
+from aiohttp import web
+from yarl import URL
+
+from plugins.devices import control
+from plugins.devices.model import (
+    Device,
+    DeviceChanges,
+    DeviceImage,
+    DevicePlan,
+    DeviceQuery,
+    DeviceState,
+    DeviceStats,
+    Gesture,
+    NewDevice,
+    Rented,
+    ShellAnswer,
+    ShellCommand,
+    show,
+)
+from plugins.devices.room import DEVICES, Devices
+from server.api import Page, PageQuery, Routes
+from server.auth import Access, Caller
+from server.errors import Code
+from server.forms import submit
+from server.i18n import pick_locale, translate
+from server.interfaces import LEDGER, RANDOMNESS
+from server.pages import render
+from server.request_keys import CALLER
+
+START_PROBLEMS = (Code.INSUFFICIENT_BALANCE, Code.PORTS_EXHAUSTED, Code.RUNTIME_UNAVAILABLE)
+TALK_PROBLEMS = (Code.DEVICE_NOT_RUNNING, Code.RUNTIME_UNAVAILABLE)
+
+routes = Routes("devices")
+
+
+def _shown(request: web.Request, device: Rented) -> Device:
+    return show(device, request.app[DEVICES].runtime.name, pick_locale(request))
+
+
+@routes.api("GET", "/device-images", access=Access.USER)
+async def images(request: web.Request, query: PageQuery) -> Page[DeviceImage]:
+    """The Androids that can be chosen."""
+    return Page[DeviceImage](items=_images(request.app[DEVICES]))
+
+
+@routes.api("GET", "/device-plans", access=Access.USER)
+async def plans(request: web.Request, query: PageQuery) -> Page[DevicePlan]:
+    """The sizes that can be chosen, and their prices."""
+    return Page[DevicePlan](items=_plans(request.app))
+
+
+@routes.api("GET", "/devices", access=Access.USER)
+async def list_devices(request: web.Request, caller: Caller, query: DeviceQuery) -> Page[Device]:
+    """Your devices, newest first."""
+    devices, more = request.app[DEVICES].page(caller, query)
+    shown = [_shown(request, device) for device in devices]
+    return Page[Device].model_construct(items=shown, next_cursor=more)
+
+
+@routes.api("POST", "/devices", access=Access.USER, status=202, location="/api/v1/devices/{id}",
+            problems=(Code.QUOTA_EXCEEDED, *START_PROBLEMS))  # fmt: skip
+async def rent(request: web.Request, caller: Caller, body: NewDevice, new_id: UUID) -> Device:
+    """Rent a phone; it is made and started by itself."""
+    return _shown(request, await request.app[DEVICES].rent(caller, body, new_id))
+
+
+@routes.api("GET", "/devices/{device_id}", access=Access.USER)
+async def get(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """One device."""
+    return _shown(request, request.app[DEVICES].find(caller, device_id))
+
+
+@routes.api("PATCH", "/devices/{device_id}", access=Access.USER)
+async def rename(request: web.Request, caller: Caller, device_id: UUID, body: DeviceChanges) -> Device:
+    """Give a device another name."""
+    return _shown(request, await request.app[DEVICES].rename(caller, device_id, body.name))
+
+
+@routes.api("DELETE", "/devices/{device_id}", access=Access.USER, status=202)
+async def delete(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """Delete a phone and its data; it answers 404 once it is gone."""
+    return _shown(request, await request.app[DEVICES].delete(caller, device_id))
+
+
+@routes.api("POST", "/devices/{device_id}/start", access=Access.USER, status=202,
+            problems=(Code.INVALID_STATE, *START_PROBLEMS))  # fmt: skip
+async def start(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """Start a stopped or failed phone."""
+    return _shown(request, await request.app[DEVICES].start(caller, device_id))
+
+
+@routes.api("POST", "/devices/{device_id}/stop", access=Access.USER, status=202,
+            problems=(Code.INVALID_STATE,))  # fmt: skip
+async def stop(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """Stop a phone; its data is kept, and so are its ports."""
+    return _shown(request, await request.app[DEVICES].stop(caller, device_id))
+
+
+@routes.api("POST", "/devices/{device_id}/restart", access=Access.USER, status=202,
+            problems=(Code.INVALID_STATE,))  # fmt: skip
+async def restart(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """Stop a running phone and start it again."""
+    return _shown(request, await request.app[DEVICES].restart(caller, device_id))
+
+
+@routes.api("POST", "/devices/{device_id}/reset", access=Access.USER, status=202,
+            problems=(Code.INVALID_STATE, *START_PROBLEMS))  # fmt: skip
+async def reset(request: web.Request, caller: Caller, device_id: UUID) -> Device:
+    """Throw a phone's data away. A running or failed one is started then, a stopped one stays stopped."""
+    return _shown(request, await request.app[DEVICES].reset(caller, device_id))
+
+
+@routes.api("GET", "/devices/{device_id}/stats", access=Access.USER, problems=TALK_PROBLEMS)
+async def stats(request: web.Request, caller: Caller, device_id: UUID) -> DeviceStats:
+    """What a running phone uses now."""
+    return DeviceStats(**asdict(await request.app[DEVICES].stats(caller, device_id)))
+
+
+@routes.api("GET", "/devices/{device_id}/screenshot", access=Access.USER, media="image/png",
+            problems=TALK_PROBLEMS)  # fmt: skip
+async def screenshot(request: web.Request, caller: Caller, device_id: UUID) -> web.Response:
+    """The phone's screen as it is now."""
+    picture = await control.screenshot(request.app[DEVICES], caller, device_id)
+    return web.Response(body=picture, content_type="image/png", headers={"Cache-Control": "no-store"})
+
+
+@routes.api("POST", "/devices/{device_id}/input", access=Access.USER, problems=TALK_PROBLEMS)
+async def touch(request: web.Request, caller: Caller, device_id: UUID, body: Gesture) -> None:
+    """Tap, swipe, type or press a key."""
+    await control.touch(request.app[DEVICES], caller, device_id, body)
+
+
+@routes.api("POST", "/devices/{device_id}/shell", access=Access.USER,
+            problems=(Code.COMMAND_ENDED, *TALK_PROBLEMS))  # fmt: skip
+async def shell(request: web.Request, caller: Caller, device_id: UUID, body: ShellCommand) -> ShellAnswer:
+    """Run a command on the phone to its end."""
+    return await control.shell(request.app[DEVICES], caller, device_id, body)
+
+
+# Pages
+
+
+@routes.page("GET", "/devices", access=Access.USER)
+async def list_page(request: web.Request, caller: Caller) -> web.Response:
+    """The caller's phones."""
+    devices = request.app[DEVICES]
+    context = {
+        "devices": [_shown(request, device) for device in devices.of_owner(caller.user_id)],
+        "plans": devices.plans,
+        "currency": request.app[LEDGER].currency,
+    }
+    return render(request, "devices/list.html", context)
+
+
+@routes.page("GET", "/devices/new", access=Access.USER)
+async def new_page(request: web.Request) -> web.Response:
+    """What can be rented."""
+    return render(request, "devices/new.html", {**_choices(request), "errors": {}, "values": {}})
+
+
+@routes.page("POST", "/devices/new", access=Access.USER)
+async def rent_on_page(request: web.Request, caller: Caller) -> web.StreamResponse:
+    """Rent, and go to the phone's page."""
+
+    async def act(wish: NewDevice) -> str:
+        new_id = request.app[RANDOMNESS].uuid()
+        return f"/devices/{(await request.app[DEVICES].rent(caller, wish, new_id)).id}"
+
+    return await submit(request, NewDevice, act, "devices/new.html", _choices(request))
+
+
+@routes.page("GET", "/devices/{device_id}", access=Access.USER)
+async def device_page(request: web.Request, caller: Caller, device_id: UUID) -> web.Response:
+    """One phone."""
+    devices = request.app[DEVICES]
+    device = devices.find(caller, device_id)
+    context = {
+        "device": _shown(request, device),
+        "plan": {"price_per_hour": device.price_per_hour, **asdict(device.hardware)},
+        "currency": request.app[LEDGER].currency,
+        "adb_host": _adb_host(request, devices.bind_address),
+    }
+    return render(request, "devices/show.html", context)
+
+
+def facts_of_page(request: web.Request) -> dict[str, object]:
+    """What every page's header says of phones."""
+    devices = request.app[DEVICES]
+    facts: dict[str, object] = {
+        "runtime": devices.runtime.name,
+        "runtime_reason": translate(pick_locale(request), devices.runtime_reason),
+    }
+    caller = request.get(CALLER)
+    if caller is not None:
+        states = [device.state for device in devices.of_owner(caller.user_id)]
+        facts["phones"] = {"total": len(states), "running": states.count(DeviceState.RUNNING)}
+    return facts
+
+
+def _choices(request: web.Request) -> dict[str, Any]:
+    return {
+        "images": _images(request.app[DEVICES]),
+        "plans": _plans(request.app),
+        "currency": request.app[LEDGER].currency,
+    }
+
+
+def _images(devices: Devices) -> list[DeviceImage]:
+    return [
+        DeviceImage(name=image.name, kind=image.kind, android_version=image.android_version)
+        for image in devices.images.values()
+    ]
+
+
+def _plans(app: web.Application) -> list[DevicePlan]:
+    currency = app[LEDGER].currency
+    return [DevicePlan(**plan.model_dump(), currency=currency) for plan in app[DEVICES].plans.values()]
+
+
+def _adb_host(request: web.Request, bind_address: str) -> str:
+    """Where the reader's own adb finds the phones; published everywhere, they are where this page is."""
+    if bind_address not in {"0.0.0.0", "::"}:  # noqa: S104  (compared, not bound)
+        return bind_address
+    return URL(f"http://{request.host}").host or bind_address

@@ -1,0 +1,43 @@
+"""The plugin's tables."""
+
+from typing import Final
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE devices (
+        id               uuid PRIMARY KEY,
+        owner_id         uuid NOT NULL REFERENCES users (id),
+        name             text NOT NULL,
+        image            text NOT NULL,
+        plan             text NOT NULL,
+        price_per_hour   bigint NOT NULL CHECK (price_per_hour >= 0),
+        hardware         jsonb NOT NULL,
+        state            text NOT NULL CHECK (state IN ('creating', 'starting', 'running', 'stopping',
+                             'stopped', 'resetting', 'deleting', 'failed')),
+        detail           text NOT NULL DEFAULT '',
+        detail_params    jsonb NOT NULL DEFAULT '{}',
+        wanted_state     text NOT NULL CHECK (wanted_state IN ('running', 'stopped', 'deleted')),
+        generation       bigint NOT NULL DEFAULT 1,
+        created_at       timestamptz NOT NULL DEFAULT now(),
+        updated_at       timestamptz NOT NULL DEFAULT now(),
+        started_at       timestamptz,
+        metered_until    timestamptz,
+        charge_remainder bigint NOT NULL DEFAULT 0 CHECK (charge_remainder BETWEEN 0 AND 3599),
+        warned           boolean NOT NULL DEFAULT false,
+        spent_at         timestamptz,
+        revived_at       timestamptz,
+        CHECK ((state = 'running') = (metered_until IS NOT NULL))
+    );
+    CREATE INDEX devices_of_owner ON devices (owner_id);
+    CREATE INDEX devices_metered ON devices (metered_until) WHERE state = 'running' AND price_per_hour > 0;
+    CREATE INDEX devices_spent ON devices (spent_at) WHERE spent_at IS NOT NULL;
+    CREATE TABLE device_ports (
+        node      text NOT NULL,
+        port      integer NOT NULL CHECK (port BETWEEN 1 AND 65535),
+        role      text NOT NULL CHECK (role IN ('adb', 'webrtc', 'scrcpy')),
+        device_id uuid NOT NULL REFERENCES devices (id),
+        PRIMARY KEY (node, port),
+        UNIQUE (device_id, role)
+    );
+    """,
+)
