@@ -143,7 +143,7 @@ class House:
         for name, section in sections.items():
             merged.setdefault(name, {}).update(section)
         file = folder / "config.toml"
-        file.write_text("".join(f"{name} = {_toml(section)}\n" for name, section in merged.items()))
+        file.write_text("".join(f"{name} = {to_toml(section)}\n" for name, section in merged.items()))
         house = cls(file, plugins)
         await house.start()
         return house
@@ -205,9 +205,10 @@ async def remove_phones(data_dir: Path) -> None:
     await runtime.close()
 
 
-def _toml(value: object) -> str:
+def to_toml(value: object) -> str:
+    """A value as config.toml spells it, tables inline."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + "}"
+        return "{" + ", ".join(f"{name} = {to_toml(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(to_toml, value)) + "]"
     return json.dumps(value)

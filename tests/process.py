@@ -1,21 +1,33 @@
 """`python -m server` as a process of its own, on embedded defaults, as a newcomer starts it."""
 
 import asyncio
-import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.house import remove_phones
+from tests.house import remove_phones, to_toml
 from tests.servers import cluster_of
 
 ROOT = Path(__file__).parent.parent
 START_DEADLINE_S = 60.0
+
+
+def free_port() -> int:
+    """A port to start on again and again, below those the system hands out by itself."""
+    for port in range(18000 + os.getpid() % 1000, 20000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port")
 
 
 class ServerProcess:
@@ -90,11 +102,8 @@ async def server_process(
     """A server process, not yet started; whatever it leaves behind is removed."""
     folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="cloudphone-"))
     folder.chmod(0o711)  # the private PostgreSQL of a server run by root runs as nobody
-    lines = []
-    for name, section in sections.items():
-        lines.append(f"[{name}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in section.items()]
-    (folder / "config.toml").write_text("\n".join(lines))
+    lines = [f"{name} = {to_toml(section)}\n" for name, section in sections.items()]
+    (folder / "config.toml").write_text("".join(lines))
     server = ServerProcess(folder, **variables)
     try:
         yield server

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from server.db import (
@@ -19,6 +20,7 @@ from server.db import (
     UniqueViolation,
     answers,
 )
+from server.pg import translated
 from tests.servers import Servers
 
 NOTES = "CREATE TABLE notes (id int PRIMARY KEY, text text CONSTRAINT notes_short CHECK (length(text) < 10))"
@@ -211,7 +213,7 @@ async def test_a_failing_migration_leaves_nothing_of_itself(database: Database) 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for a lock."""
-    monkeypatch.setattr("server.db.CLAIM_PATIENCE_S", 0.3)
+    monkeypatch.setattr("server.claim.PATIENCE_S", 0.3)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -363,6 +365,25 @@ async def test_a_commit_nobody_confirmed_is_unknown(servers: Servers) -> None:
         assert rung == []
         assert await count(direct) in (0, 1)
         assert await count(database) in (0, 1)
+
+
+def test_what_a_killed_server_leaves_in_a_call_under_way_is_the_same_fault() -> None:
+    """Which of these asyncpg raises depends on the microsecond."""
+    for error in (
+        asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"),
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+        ConnectionResetError(),
+    ):
+        with pytest.raises(DatabaseUnavailable), translated():
+            raise error
+    for mistake in (
+        asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
+        asyncpg.DataError("invalid input for query argument $1: 'closed' (an integer is required)"),
+    ):
+        with pytest.raises(type(mistake)), translated():
+            raise mistake
 
 
 async def test_a_silent_database_is_unavailable_within_seconds_and_heals(servers: Servers) -> None:

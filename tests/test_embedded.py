@@ -183,6 +183,7 @@ async def test_children_that_outlived_their_server_are_ended_first(ready: Path) 
     async with running(EmbeddedPostgres(ready)) as database:
         assert not is_alive(pid)
         await database.ping()
+    assert "not properly shut down" not in (ready / "logs" / "postgres.log").read_text()
 
 
 async def test_a_killed_postmaster_is_started_again_and_the_database_heals(ready: Path) -> None:

@@ -10,10 +10,19 @@ import pytest
 
 from tests.apks import build_apk
 from tests.house import PASSWORD, port_ranges
-from tests.process import ServerProcess, server_process
+from tests.process import ServerProcess, free_port, server_process
 from tests.realadb import RealAdb
 
 SHARED_APK = Path(__file__).parent.parent.parent / "shared" / "apks" / "hello-world.apk"
+PLAN = {
+    "name": "by-the-second",
+    "cpus": 1.0,
+    "memory_mb": 512,
+    "width": 720,
+    "height": 1280,
+    "dpi": 320,
+    "price_per_hour": 36_000,
+}
 PACKAGE = "org.example.hello"
 
 
@@ -58,8 +67,9 @@ class Person:
 async def server() -> AsyncIterator[ServerProcess]:
     """A server on embedded defaults, ready."""
     sections: dict[str, dict[str, object]] = {
-        "server": {"port": 0},
-        "devices": {"runtime": "simulated", **port_ranges()},
+        "server": {"port": free_port()},
+        "billing": {"welcome_credit": 100_000},
+        "devices": {"runtime": "simulated", "plans": [PLAN], **port_ranges()},
     }
     async with server_process(sections) as started:
         await started.start()
@@ -178,12 +188,12 @@ async def tops_up(person: Person) -> None:
     """Order, pay on the sandbox's page, see the balance move."""
     before = (await person.call("GET", "/billing/balance", status=200))["balance"]
     order = await person.call("POST", "/billing/orders", status=201, json={"amount": 5000})
-    async with person._http.post(order["checkout_url"], data={"outcome": "succeeded"}) as page:
+    async with person._http.post(order["checkout_url"], data={"outcome": "pay"}) as page:
         assert page.status == 200
     await person.told("billing.order", order_id=order["id"], state="paid")
     await person.told("billing.balance", amount=5000)
     after = (await person.call("GET", "/billing/balance", status=200))["balance"]
-    assert before + 5000 - 20 <= after <= before + 5000
+    assert before + 5000 - 300 <= after <= before + 5000
 
 
 async def uses_adb(adb: RealAdb, port: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ from server.plugin import Plugin
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for room in ("server", "phones", "plugins") for path in sorted((ROOT / room).rglob("*.py"))]
 DOORS = {
-    "asyncpg": {"server/db.py"},
+    "asyncpg": {"server/pg.py"},
     "aioboto3": {"server/storage.py"},
     "aiodocker": {"phones/docker.py"},
     "pyaxmlparser": {"phones/apk.py"},

@@ -127,6 +127,18 @@ async def test_an_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage
     assert await storage.abort_stale_uploads(0) == 0
 
 
+async def test_a_short_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage) -> None:
+    for delay_ms in range(20):
+        upload = asyncio.create_task(storage.upload("short", pieces(MIB), "application/octet-stream"))
+        await asyncio.sleep(delay_ms / 1000)
+        if upload.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await upload
+        else:
+            await storage.delete("short")
+        assert await keys(storage) == []
+
+
 async def test_uploads_left_by_a_killed_server_are_swept_when_old(storage: Storage) -> None:
     upload_id = await storage._begin("orphan", "text/plain")
     await storage._send_part("orphan", upload_id, 1, b"x" * PART_BYTES)

@@ -17,7 +17,8 @@ export function setUnread(count) {
   }
 }
 
-function addUnread() {
+function addUnread({ detail }) {
+  if (detail.read_at) return;
   const badge = document.querySelector("[data-unread]");
   if (badge) setUnread(Number(badge.dataset.unread) + 1);
 }

@@ -10,6 +10,7 @@ const inbox = document.getElementById("inbox");
 const form = document.getElementById("mark-read");
 
 document.addEventListener("notification", ({ detail }) => {
+  if (!detail.title) return;
   if (inbox.querySelector(`[data-notification-id="${detail.id}"]`)) return;
   const item = fill("notification", { title: detail.title, body: detail.body });
   item.dataset.notificationId = detail.id;

@@ -1,0 +1,97 @@
+"""Headless Chromium, and a visitor who remembers whatever the pages complain of."""
+
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Request,
+    Response,
+    WebError,
+    async_playwright,
+    expect,
+)
+
+WAIT_MS = 20_000
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# What an open page cannot help saying while its server is away.
+_UNREACHABLE = (
+    "ERR_CONNECTION_REFUSED",
+    "ERR_CONNECTION_RESET",
+    "ERR_EMPTY_RESPONSE",
+    "ERR_SOCKET_NOT_CONNECTED",
+)
+
+
+class Visitor:
+    """A person with a browser. `complaints` collects console errors, exceptions and failed requests."""
+
+    def __init__(self, context: BrowserContext) -> None:
+        self.context = context
+        self.complaints: list[str] = []
+        self._server_is_away = False
+        context.on("console", self._hear)
+        context.on("weberror", self._catch)
+        context.on("requestfailed", self._miss)
+        context.on("response", self._see)
+
+    @contextmanager
+    def server_away(self) -> Iterator[None]:
+        """Expect connections to be refused."""
+        self._server_is_away = True
+        yield
+        self._server_is_away = False
+
+    def _complain(self, complaint: str) -> None:
+        if not (self._server_is_away and any(reason in complaint for reason in _UNREACHABLE)):
+            self.complaints.append(complaint)
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type in {"error", "warning"}:
+            self._complain(f"{message.type}: {message.text} ({message.location['url']})")
+
+    def _catch(self, error: WebError) -> None:
+        self._complain(f"exception: {error.error}")
+
+    def _miss(self, request: Request) -> None:
+        # A page that is left aborts what it was loading.
+        if request.failure != "net::ERR_ABORTED":
+            self._complain(f"{request.method} {request.url}: {request.failure}")
+
+    def _see(self, response: Response) -> None:
+        if response.status >= 400:
+            self._complain(f"{response.request.method} {response.url}: {response.status}")
+
+
+@pytest.fixture
+async def chromium() -> AsyncIterator[Browser]:
+    """The browser; a machine without one fails the test and says how to get it."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.fail("chromium is not installed: run 'apt-get install chromium fonts-noto-cjk'", pytrace=False)
+    expect.set_options(timeout=WAIT_MS)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def visitor(chromium: Browser) -> AsyncIterator[Visitor]:
+    """Somebody who reads English, at a desk."""
+    context = await chromium.new_context(locale="en-US", viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(WAIT_MS)
+    yield Visitor(context)
+    await context.close()
