@@ -97,8 +97,8 @@ class Bench:
 
     async def rent_phones(self, token: str) -> None:
         """Let somebody have twenty stopped phones."""
-        image = (await self.call("GET", "/device-images"))["items"][0]["name"]
-        plan = (await self.call("GET", "/device-plans"))["items"][0]["name"]
+        image = (await self.call("GET", "/device-images", token))["items"][0]["name"]
+        plan = (await self.call("GET", "/device-plans", token))["items"][0]["name"]
         for number in range(DEVICES):
             body = {"name": f"phone {number}", "image": image, "plan": plan}
             await self.call("POST", "/devices", token, body)

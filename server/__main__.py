@@ -7,7 +7,11 @@ from pathlib import Path
 
 import uvloop
 
-from plugins import apps, billing, devices, notify, users
+import plugins.apps
+import plugins.billing
+import plugins.devices
+import plugins.notify
+import plugins.users
 from server.app import open_beside
 from server.clock import SystemRandomness
 from server.config import ConfigFault, Configuration, load
@@ -19,7 +23,13 @@ from server.serve import START_FAULTS, serve
 
 Plugins = tuple[Plugin, ...]
 
-PLUGINS = (users.PLUGIN, notify.PLUGIN, billing.PLUGIN, devices.PLUGIN, apps.PLUGIN)
+PLUGINS = (
+    plugins.users.PLUGIN,
+    plugins.notify.PLUGIN,
+    plugins.billing.PLUGIN,
+    plugins.devices.PLUGIN,
+    plugins.apps.PLUGIN,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -27,13 +37,13 @@ def main(arguments: list[str]) -> int:
     chosen = _parser().parse_args(arguments)
     configure_logging()
     try:
-        plugins = in_order(PLUGINS)
-        configuration = load(chosen.config, plugins)
+        ordered = in_order(PLUGINS)
+        configuration = load(chosen.config, ordered)
     except (ConfigFault, PluginFault) as fault:
         print(f"cloudphone: {fault}", file=sys.stderr)
         return 2
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code: int = runner.run(chosen.act(configuration, plugins, chosen))
+        code: int = runner.run(chosen.act(configuration, ordered, chosen))
     return code
 
 
@@ -59,20 +69,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(configuration: Configuration, plugins: Plugins, _chosen: argparse.Namespace) -> int:
-    return await serve(configuration, plugins)
+async def _serve(configuration: Configuration, ordered: Plugins, _chosen: argparse.Namespace) -> int:
+    return await serve(configuration, ordered)
 
 
-async def _doctor(configuration: Configuration, plugins: Plugins, _chosen: argparse.Namespace) -> int:
-    return await examine(configuration, plugins)
+async def _doctor(configuration: Configuration, ordered: Plugins, _chosen: argparse.Namespace) -> int:
+    return await examine(configuration, ordered)
 
 
-async def _create_admin(configuration: Configuration, _plugins: Plugins, chosen: argparse.Namespace) -> int:
+async def _create_admin(configuration: Configuration, _ordered: Plugins, chosen: argparse.Namespace) -> int:
     password = sys.stdin.readline().rstrip("\n") if chosen.password_stdin else None
     try:
         async with open_beside(configuration) as database:
-            await database.migrate("users", users.PLUGIN.migrations)
-            print(await users.create_admin(database, SystemRandomness(), chosen.email, password))
+            await database.migrate("users", plugins.users.PLUGIN.migrations)
+            print(await plugins.users.create_admin(database, SystemRandomness(), chosen.email, password))
     except (*START_FAULTS, Problem) as fault:
         print(f"cloudphone: {fault}", file=sys.stderr)
         return 1

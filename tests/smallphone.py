@@ -20,7 +20,7 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4000 + b"IEND\xaeB`\x82"
 async def eventually(holds: Callable[[], bool], within_s: float = 5.0) -> None:
     """Wait until something holds. Raises TimeoutError when it does not in time."""
     async with asyncio.timeout(within_s):
-        while not holds():  # noqa: ASYNC110 - what is waited for has no event of its own
+        while not holds():
             await asyncio.sleep(0.005)
 
 

@@ -105,7 +105,8 @@ async def test_a_newcomer_rents_uses_pays_and_loses_nothing(
         await person.call("POST", f"/devices/{device['id']}/start", status=202)
 
         async def runs() -> bool:
-            return (await person.call("GET", f"/devices/{device['id']}", status=200))["state"] == "running"
+            found = await person.call("GET", f"/devices/{device['id']}", status=200)
+            return bool(found["state"] == "running")
 
         await until(runs)
         before = await everything(person, device["id"])

@@ -123,13 +123,8 @@ class Notifications:
         data: Mapping[str, object] | None = None,
     ) -> None:
         """The same to several users."""
-        await self._store(
-            tx,
-            [
-                Draft(user_id, topic, title, body, dict(params or {}), dict(data or {}))
-                for user_id in user_ids
-            ],
-        )
+        filled, given = dict(params or {}), dict(data or {})
+        await self._store(tx, [Draft(user_id, topic, title, body, filled, given) for user_id in user_ids])
 
     async def send(self, new: NewNotification) -> int:
         """Tell one user, or all, what an administrator wrote; how many that were.

@@ -27,12 +27,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 # What an open page cannot help saying while its server is away.
-_UNREACHABLE = (
-    "ERR_CONNECTION_REFUSED",
-    "ERR_CONNECTION_RESET",
-    "ERR_EMPTY_RESPONSE",
-    "ERR_SOCKET_NOT_CONNECTED",
-)
+_UNREACHABLE = ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 
 
 class Visitor:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import FilePayload, Locator, Page, expect
 
 from phones.simulator.layout import Box, layout
 from tests.apks import build_apk
@@ -17,10 +17,11 @@ from tests.process import ServerProcess, server_process
 
 WIDTH, HEIGHT = 720, 1280
 SCREEN = layout(WIDTH, HEIGHT)
+BELOW_STATUS, BELOW_CLOCK = SCREEN.status.bottom, SCREEN.clock.bottom
 NARROW = {"width": 390, "height": 844}
 PACKAGE = "org.example.hello"
 LABEL = "Hello 你好"
-APK = {
+APK: FilePayload = {
     "name": "../hello 你好.apk",
     "mimeType": "application/vnd.android.package-archive",
     "buffer": build_apk(
@@ -42,7 +43,7 @@ addEventListener("DOMContentLoaded", () => {
   new MutationObserver(note).observe(badge, { attributes: true });
 });
 """
-# The pixels below `top` of the phone's picture, or null while the next one is being shown.
+# A digest of the pixels below `top` of the phone's picture, or null while the next one is being shown.
 PIXELS = """
 async (image, top) => {
   try {
@@ -143,9 +144,10 @@ async def rents_a_phone(page: Page) -> None:
 async def touches_it(page: Page) -> None:
     """Tap, type on the screen, type in the box, run a command: each changes the picture."""
     screen = page.locator("#screen")
-    home = await pixels(page)
+    home = await pixels(page, BELOW_CLOCK)
     await tap(page, SCREEN.dock_cells[1])
-    notes = await changed(page, home)
+    await changed(page, home, BELOW_CLOCK)
+    notes = await pixels(page)
     await tap(page, SCREEN.page)
     focused = await changed(page, notes)
     await expect(screen).to_be_focused()
@@ -153,10 +155,11 @@ async def touches_it(page: Page) -> None:
     typed = await changed(page, focused)
     await page.get_by_label("Text for the phone").fill("你好 100%sure")
     await page.keyboard.press("Enter")
-    sent = await changed(page, typed)
+    await changed(page, typed)
+    sent = await pixels(page, BELOW_CLOCK)
     await page.get_by_role("button", name="Home", exact=True).click()
-    await changed(page, sent)
-    await page.get_by_label("Command").fill("echo 'a  b'; echo <i>; exit 3")
+    await changed(page, sent, BELOW_CLOCK)
+    await page.get_by_role("textbox", name="Command").fill("echo 'a  b'; echo <i>; exit 3")
     await page.keyboard.press("Enter")
     await expect(page.get_by_text("Exit code 3")).to_be_visible()
     await expect(page.get_by_label("Output")).to_contain_text("a  b\n<i>")
@@ -179,7 +182,7 @@ async def uploads_an_app(page: Page) -> str:
     await page.get_by_role("navigation").get_by_role("link", name="Apps").click()
     async with page.expect_file_chooser() as chooser:
         await press(page.get_by_role("button", name="Choose a file"))
-    await (await chooser.value).set_files(files=[APK])  # type: ignore[list-item]
+    await (await chooser.value).set_files(APK)
     card = page.get_by_role("link", name=LABEL)
     await expect(card).to_contain_text("2.5")
     await card.click()
@@ -200,22 +203,23 @@ async def installs_and_opens_it(page: Page, phone: str) -> None:
     await expect(page.locator("[data-screen-note]")).to_be_hidden()
     apps = page.get_by_role("region", name="Apps on this phone")
     await expect(apps.get_by_text("No app is installed yet")).to_be_visible()
-    home = await pixels(page)
+    home = await pixels(page, BELOW_CLOCK)
     await apps.get_by_label("App to install").select_option(label=f"{LABEL} 2.5")
     await apps.get_by_role("button", name="Install", exact=True).click()
     installed = apps.locator("[data-installed] li")
     await expect(installed).to_contain_text(LABEL)
     await expect(installed).to_contain_text(PACKAGE)
-    with_icon = await changed(page, home)
+    with_icon = await changed(page, home, BELOW_CLOCK)
     await installed.get_by_role("button", name="Open").click()
     await expect(page.get_by_text(f"{LABEL} is open on the phone")).to_be_visible()
-    opened = await changed(page, with_icon)
+    await changed(page, with_icon, BELOW_CLOCK)
+    opened = await pixels(page)
     await tap(page, SCREEN.counter)
     await changed(page, opened)
 
 
 async def tops_up(page: Page) -> str:
-    """Order, pay on the sandbox's page; the balance moves in another window too. Answers the order's address."""
+    """Order, pay on the sandbox's page; the balance moves in another window too. Answers the order."""
     other = await page.context.new_page()
     await other.goto(page.url)
     await expect(balance(other)).to_have_text("CN¥10.00")
@@ -260,9 +264,9 @@ async def outlives_the_server(page: Page, phone: str, visitor: Visitor, server: 
         await server.start()
         await expect(page.locator("[data-live=on]")).to_have_text("Live")
     await expect(state(page)).to_have_text("Running")
-    before = await pixels(page)
+    before = await pixels(page, BELOW_CLOCK)
     await page.get_by_role("button", name="Home", exact=True).click()
-    await changed(page, before)
+    await changed(page, before, BELOW_CLOCK)
     assert await page.evaluate("window.sameDocument") is True
     await page.reload()
     await expect(state(page)).to_have_text("Running")
@@ -364,23 +368,23 @@ async def tap(page: Page, place: Box) -> None:
     await picture.click(position={"x": x * box["width"] / WIDTH, "y": y * box["height"] / HEIGHT})
 
 
-async def pixels(page: Page) -> str:
-    """A digest of the phone's picture without its clocks, once there is one."""
+async def pixels(page: Page, top: int = BELOW_STATUS) -> str:
+    """A digest of the phone's picture from `top` down, once there is one: no clock may be in it."""
     async with asyncio.timeout(20):
-        while (digest := await _digest(page)) is None:
+        while (digest := await _digest(page, top)) is None:
             await asyncio.sleep(0.05)
     return digest
 
 
-async def changed(page: Page, before: str) -> str:
+async def changed(page: Page, before: str, top: int = BELOW_STATUS) -> str:
     """The digest of the next picture that differs."""
     async with asyncio.timeout(20):
-        while (digest := await _digest(page)) in {None, before}:
+        while (digest := await _digest(page, top)) in {None, before}:
             await asyncio.sleep(0.05)
     assert digest is not None
     return digest
 
 
-async def _digest(page: Page) -> str | None:
-    digest: Any = await page.locator("#screen img[src^='blob:']").evaluate(PIXELS, SCREEN.status.bottom)
+async def _digest(page: Page, top: int) -> str | None:
+    digest: Any = await page.locator("#screen img[src^='blob:']").evaluate(PIXELS, top)
     return None if digest is None else str(digest)
