@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from server.api import MAX_JSON_BYTES, endpoint
 from server.auth import PUBLIC_ORIGIN
 from server.clock import Clock, Randomness, SystemClock, SystemRandomness
 from server.config import Configuration
-from server.db import Database, answers
+from server.db import Database, SecondInstance, answers
 from server.embedded import DataDirLock
 from server.embedded_postgres import EmbeddedPostgres, known_url
 from server.embedded_storage import EmbeddedStorage
@@ -200,17 +201,27 @@ async def _forget_old_keys(app: web.Application) -> None:
     await app[IDEMPOTENCY].forget_old()
 
 
+async def _own_url(stack: AsyncExitStack, data_dir: Path) -> str:
+    """The private PostgreSQL of a running server, or one started for as long as the stack is open."""
+    lock = DataDirLock(data_dir)
+    try:
+        await asyncio.to_thread(lock.acquire, "a command line")
+    except SecondInstance:
+        url = await asyncio.to_thread(known_url, data_dir)
+        if url is None or not await answers(url):
+            raise
+        return url
+    stack.callback(lock.release)
+    postgres = EmbeddedPostgres(data_dir)
+    stack.push_async_callback(postgres.stop)
+    return await postgres.start()
+
+
 @asynccontextmanager
 async def open_beside(configuration: Configuration) -> AsyncIterator[Database]:
     """The database for a command line, whether a server runs on it or not."""
-    data_dir = configuration.server.data_dir
     async with AsyncExitStack() as stack:
-        url: str | None = configuration.database.url or await asyncio.to_thread(known_url, data_dir)
-        if not configuration.database.url and not (url and await answers(url)):
-            postgres = EmbeddedPostgres(data_dir)
-            url = await postgres.start()
-            stack.push_async_callback(postgres.stop)
-        assert url
+        url = configuration.database.url or await _own_url(stack, configuration.server.data_dir)
         database = await Database.open(url)
         stack.push_async_callback(database.close)
         yield database

@@ -14,7 +14,6 @@ import ctypes
 import fcntl
 import logging
 import os
-import random
 import re
 import secrets
 import shutil
@@ -26,7 +25,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -34,9 +32,12 @@ from typing import IO, Any
 
 import orjson
 
-from server.db import SecondInstance
+from server.claim import SecondInstance
+from server.clock import SystemClock
 
 log = logging.getLogger(__name__)
+
+CLOCK = SystemClock()
 
 READY_TIMEOUT_S = 60.0  # PostgreSQL may have to replay its log after a crash
 LOG_LIMIT_BYTES = 5 << 20
@@ -192,9 +193,9 @@ class Child:
     async def _watch(self) -> None:
         pause = FIRST_PAUSE_S
         while True:
-            started = time.monotonic()
+            started = CLOCK.monotonic()
             code = await self._until_exit()
-            if time.monotonic() - started > STEADY_S:
+            if CLOCK.monotonic() - started > STEADY_S:
                 pause = FIRST_PAUSE_S
             log.error("%s ended with code %s; starting it again, see %s", self._name, code, self._log_file)
             while True:
@@ -223,12 +224,12 @@ class Child:
             pid = int(pid_text)
         except (OSError, ValueError):
             return
-        stop_at = time.monotonic() + self._stop_grace_s
+        stop_at = CLOCK.monotonic() + self._stop_grace_s
         with suppress(ProcessLookupError, PermissionError):
             if _birth(pid) == birth:
                 os.kill(pid, self._stop_signal)
             while _birth(pid) == birth:
-                if time.monotonic() > stop_at:
+                if CLOCK.monotonic() > stop_at:
                     os.killpg(pid, signal.SIGKILL)
                 time.sleep(0.02)
 
@@ -306,7 +307,8 @@ def free_ports(count: int, preferred: Sequence[int] = ()) -> list[int]:
             if all(_bound(held, port) for port in preferred):
                 return list(preferred)
             log.warning("one of the ports %s is in use; choosing others", list(preferred))
-        candidates = random.sample(PORTS, len(PORTS))
+        start = secrets.randbelow(len(PORTS))  # far from where another server begins to look
+        candidates = (*PORTS[start:], *PORTS[:start])
         found = list(islice((port for port in candidates if _bound(held, port)), count))
     if len(found) < count:
         raise EmbeddedFault(f"no {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
@@ -353,7 +355,7 @@ class DataDirLock:
     def announce(self, address: str) -> None:
         """Say where this server really listens, once that is known."""
         assert self._file is not None
-        since = datetime.now(UTC)
+        since = CLOCK.now()
         text = f"pid {os.getpid()}, {address}, since {since:%Y-%m-%d %H:%M:%S} UTC\n"
         self._file.seek(0)
         self._file.truncate()

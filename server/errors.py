@@ -108,7 +108,9 @@ class Problem(Exception):
             "request_id": request_id,
         }
         if self.errors:
-            document["errors"] = [{"field": field, "message": message} for field, message in self.errors]
+            document["errors"] = [
+                {"field": field, "message": translate(locale, message)} for field, message in self.errors
+            ]
         return document
 
 

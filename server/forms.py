@@ -37,7 +37,8 @@ async def submit(
         errors = _sentences(error, locale)
         return _again(request, template, context, errors, fields, Code.INVALID.status)
     except Problem as problem:
-        errors = dict(problem.errors) or {"": translate(locale, problem.detail, problem.params)}
+        errors = {field: translate(locale, message) for field, message in problem.errors}
+        errors = errors or {"": translate(locale, problem.detail, problem.params)}
         return _again(request, template, context, errors, fields, problem.code.status)
     raise web.HTTPSeeOther(address)
 

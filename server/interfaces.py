@@ -5,7 +5,7 @@ writes takes the caller's transaction first, so that a ledger entry, a device's 
 notification commit together.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -84,6 +84,18 @@ class Directory(Protocol):
         """Which of these are accounts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A notification that is not stored yet; its fields are those of `Notifier.publish`."""
+
+    user_id: UUID
+    topic: Topic
+    title: str
+    body: str
+    params: Mapping[str, object]
+    data: Mapping[str, object]
+
+
 class Notifier(Protocol):
     """Tells a user something, now and for ever; provided by notify."""
 
@@ -117,6 +129,9 @@ class Notifier(Protocol):
         data: Mapping[str, object] | None = None,
     ) -> None:
         """The same to several users: one statement, in an order in which two never wait for each other."""
+
+    async def publish_all(self, tx: Tx, messages: Sequence[Message]) -> None:
+        """Different notifications, several for the same user too, in order and as one statement."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,17 @@ class Outbox:
         self._waiting_bytes = 0
         self._sender: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._left = False
 
     @property
     def ended(self) -> bool:
         """Whether nothing more is sent."""
-        return self._closing is not None or self.socket.closed
+        return self._left or self._closing is not None or self.socket.closed
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits that somebody who can wait should."""
+        return self._waiting_bytes >= BACKLOG_LIMIT_BYTES // 4
 
     def push(self, frame: bytes) -> None:
         """Send a text frame, in UTF-8, as soon as the reader takes it.
@@ -78,12 +84,12 @@ class Outbox:
         """Start closing; frames still waiting are not sent, their rows are there to be read again."""
         self._waiting.clear()
         self._waiting_bytes = 0
-        if self._closing is None:
+        if self._closing is None and not self._left:
             self._closing = asyncio.create_task(self._close(code, reason))
 
     async def _close(self, code: int, reason: bytes) -> None:
-        if self._sender is not None:
-            self._sender.cancel()
+        # A sender that waits for the reader shares the connection's one waiting place with this task;
+        # cancelled, it would take that away. It ends when the reader reads, or with the connection.
         try:
             async with asyncio.timeout(CLOSE_DEADLINE_S):
                 await self.socket.close(code=code, message=reason)
@@ -91,7 +97,8 @@ class Outbox:
             self._cut()
 
     async def settle(self) -> None:
-        """Wait until the outbox has no task left and its connection nothing to send."""
+        """Send nothing more; wait until no task is left and the connection has nothing to send."""
+        self._left = True
         if self._closing is None and self._sender is not None:
             self._sender.cancel()
         tasks = [task for task in (self._sender, self._closing) if task is not None]
@@ -164,7 +171,8 @@ class Sockets:
         outboxes = [outbox for of_user in self._by_user.values() for outbox in of_user]
         for outbox in outboxes:
             outbox.end(WSCloseCode.GOING_AWAY, b"server stops")
-        await asyncio.gather(*(outbox.settle() for outbox in outboxes))
+        closing = [outbox._closing for outbox in outboxes if outbox._closing is not None]
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def until_closed(outbox: Outbox, clock: Clock) -> None:

@@ -7,11 +7,11 @@ is away comes out as StorageUnavailable, an absent key as ObjectMissing.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import aioboto3
@@ -257,81 +257,18 @@ class Storage:
         Takes memory for one part, whatever the length. When the stream or the storage fails, or
         the caller is cancelled, nothing is left under `key`, so never overwrite with this.
         """
-        beginning: asyncio.Task[str] | None = None
-        etags: list[str] = []
-        size = 0
+        upload = _Upload(self, key, content_type)
         try:
             async for part in _in_parts(chunks):
-                size += len(part)
-                if beginning is None:
-                    if len(part) < PART_BYTES:
-                        await self.put(key, part, content_type)
-                        return size
-                    beginning = asyncio.create_task(self._begin(key, content_type))
-                # Shielded: an upload begun without our knowing its id could not be aborted.
-                upload_id = await asyncio.shield(beginning)
-                etags.append(await self._send_part(key, upload_id, len(etags) + 1, part))
-            if beginning is None:
-                await self.put(key, b"", content_type)
-            else:
-                await self._complete(key, await beginning, etags)
-            return size
+                await upload.add(part)
+            await upload.finish()
+            return upload.size_bytes
         except BaseException:
-            await self._abandon(key, beginning)
+            removal = asyncio.create_task(upload.undo())
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
+            await asyncio.shield(removal)
             raise
-
-    async def _begin(self, key: str, content_type: str) -> str:
-        with _translated():
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                answer = await self._client.create_multipart_upload(
-                    Bucket=self._bucket, Key=key, ContentType=content_type
-                )
-        return answer["UploadId"]
-
-    async def _send_part(self, key: str, upload_id: str, number: int, part: bytes) -> str:
-        with _translated():
-            async with asyncio.timeout(PART_TIMEOUT_S):
-                answer = await self._client.upload_part(
-                    Bucket=self._bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=part
-                )
-        return answer["ETag"]
-
-    async def _complete(self, key: str, upload_id: str, etags: list[str]) -> None:
-        with _translated():
-            async with asyncio.timeout(PART_TIMEOUT_S):
-                await self._client.complete_multipart_upload(
-                    Bucket=self._bucket,
-                    Key=key,
-                    UploadId=upload_id,
-                    MultipartUpload={
-                        "Parts": [{"ETag": etag, "PartNumber": n} for n, etag in enumerate(etags, start=1)]
-                    },
-                )
-
-    async def _abandon(self, key: str, beginning: asyncio.Task[str] | None) -> None:
-        """Remove what a broken upload left, to the end even when the caller is cancelled again."""
-        removal = asyncio.create_task(self._remove_traces(key, beginning))
-        self._removals.add(removal)
-        removal.add_done_callback(self._removals.discard)
-        await asyncio.shield(removal)
-
-    async def _remove_traces(self, key: str, beginning: asyncio.Task[str] | None) -> None:
-        try:
-            if beginning is not None:
-                await self._abort(key, await beginning)
-            await self.delete(key)  # a put or a completion cut off midway may have been done all the same
-        except StorageUnavailable as error:
-            log.warning("an upload left traces for the next sweep: %s", error)
-
-    async def _abort(self, key: str, upload_id: str) -> None:
-        try:
-            with _translated(key):
-                async with asyncio.timeout(CALL_TIMEOUT_S):
-                    await self._client.abort_multipart_upload(
-                        Bucket=self._bucket, Key=key, UploadId=upload_id
-                    )
-        except ObjectMissing:
-            pass  # finished or aborted meanwhile
 
     async def sign(self, key: str, *, expires_s: int, filename: str) -> str:
         """A URL that lets anyone download the object as `filename` for `expires_s` seconds."""
@@ -365,6 +302,16 @@ class Storage:
             if token is None:
                 return
 
+    async def _abort(self, key: str, upload_id: str) -> None:
+        try:
+            with _translated(key):
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=key, UploadId=upload_id
+                    )
+        except ObjectMissing:
+            pass  # finished or aborted meanwhile
+
     async def abort_stale_uploads(self, older_than_s: float) -> int:
         """Abort multipart uploads nobody finished, by the storage's own clock; answers how many."""
         with _translated():
@@ -392,6 +339,85 @@ class Storage:
         if self._removals:
             await asyncio.wait(self._removals, timeout=CALL_TIMEOUT_S)
         await self._client.close()
+
+
+class _Upload:
+    """One upload under way, and what it takes to undo it.
+
+    Its requests are carried to their end even when the caller is cancelled: what the storage does
+    after nobody listens could not be undone.
+    """
+
+    def __init__(self, storage: Storage, key: str, content_type: str) -> None:
+        self._storage = storage
+        self._client = storage._client
+        self._bucket = storage._bucket
+        self._key = key
+        self._content_type = content_type
+        self._id = ""  # of the multipart upload, once there is one
+        self._etags: list[str] = []
+        self._short = b""  # all there is, when that is less than a part
+        self._request: asyncio.Task[None] | None = None
+        self.size_bytes = 0
+
+    async def add(self, part: bytes) -> None:
+        """Send a part; all but the last have PART_BYTES."""
+        self.size_bytes += len(part)
+        if not self._id and len(part) < PART_BYTES:
+            self._short = part
+        else:
+            await self._carry(self._send(part))
+
+    async def finish(self) -> None:
+        """Make the parts an object."""
+        await self._carry(self._complete())
+
+    async def undo(self) -> None:
+        """Remove whatever the storage has of it."""
+        try:
+            if self._request is not None:
+                with suppress(StorageUnavailable):
+                    await self._request
+            if self._id:
+                await self._storage._abort(self._key, self._id)
+            await self._storage.delete(self._key)  # a request that failed for us may have been done
+        except StorageUnavailable as error:
+            log.warning("an upload left traces for the next sweep: %s", error)
+
+    async def _carry(self, request: Coroutine[Any, Any, None]) -> None:
+        self._request = asyncio.create_task(request)
+        await asyncio.shield(self._request)
+
+    async def _send(self, part: bytes) -> None:
+        with _translated():
+            async with asyncio.timeout(PART_TIMEOUT_S):
+                if not self._id:
+                    begun = await self._client.create_multipart_upload(
+                        Bucket=self._bucket, Key=self._key, ContentType=self._content_type
+                    )
+                    self._id = begun["UploadId"]
+                answer = await self._client.upload_part(
+                    Bucket=self._bucket,
+                    Key=self._key,
+                    UploadId=self._id,
+                    PartNumber=len(self._etags) + 1,
+                    Body=part,
+                )
+        self._etags.append(answer["ETag"])
+
+    async def _complete(self) -> None:
+        if not self._id:
+            await self._storage.put(self._key, self._short, self._content_type)
+            return
+        parts = [{"ETag": etag, "PartNumber": number} for number, etag in enumerate(self._etags, start=1)]
+        with _translated():
+            async with asyncio.timeout(PART_TIMEOUT_S):
+                await self._client.complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._key,
+                    UploadId=self._id,
+                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
+                )
 
 
 def _last(end: int | None) -> str:

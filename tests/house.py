@@ -145,7 +145,11 @@ class House:
         file = folder / "config.toml"
         file.write_text("".join(f"{name} = {to_toml(section)}\n" for name, section in merged.items()))
         house = cls(file, plugins)
-        await house.start()
+        try:
+            await house.start()
+        except BaseException:
+            await house.close()
+            raise
         return house
 
     @property

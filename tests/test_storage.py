@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -16,6 +17,7 @@ from server.storage import (
     ObjectTooLarge,
     Storage,
     StorageUnavailable,
+    _Upload,
     content_disposition,
 )
 from tests.servers import Servers, open_storage
@@ -113,7 +115,7 @@ async def test_an_upload_whose_source_breaks_leaves_nothing(storage: Storage) ->
 
 async def test_an_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage) -> None:
     """Before the first byte, while the upload is begun, within a part, between two, at the end."""
-    for delay_ms in range(0, 160, 8):
+    for delay_ms in range(0, 160, 16):
         upload = asyncio.create_task(
             storage.upload(f"cut{delay_ms}", pieces(2 * PART_BYTES + MIB), "application/octet-stream")
         )
@@ -128,9 +130,13 @@ async def test_an_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage
 
 
 async def test_a_short_upload_cancelled_at_any_moment_leaves_nothing(storage: Storage) -> None:
-    for delay_ms in range(20):
+    began = time.monotonic()
+    await storage.upload("short", pieces(MIB), "application/octet-stream")
+    took_s = time.monotonic() - began
+    await storage.delete("short")
+    for step in range(6, 24):
         upload = asyncio.create_task(storage.upload("short", pieces(MIB), "application/octet-stream"))
-        await asyncio.sleep(delay_ms / 1000)
+        await asyncio.sleep(took_s * (step / 20))
         if upload.cancel():
             with pytest.raises(asyncio.CancelledError):
                 await upload
@@ -140,8 +146,7 @@ async def test_a_short_upload_cancelled_at_any_moment_leaves_nothing(storage: St
 
 
 async def test_uploads_left_by_a_killed_server_are_swept_when_old(storage: Storage) -> None:
-    upload_id = await storage._begin("orphan", "text/plain")
-    await storage._send_part("orphan", upload_id, 1, b"x" * PART_BYTES)
+    await _Upload(storage, "orphan", "text/plain").add(b"x" * PART_BYTES)
     assert await storage.abort_stale_uploads(3600) == 0
     assert await storage.abort_stale_uploads(0) == 1
     assert await storage.abort_stale_uploads(0) == 0

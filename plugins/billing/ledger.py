@@ -1,7 +1,7 @@
 """The ledger: accounts, entries, balances in memory."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -15,7 +15,7 @@ from server.api import Page, PageQuery, from_cursor, to_cursor
 from server.db import Record, Tx
 from server.errors import Code, Problem
 from server.i18n import N_
-from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, Charged, Topic
+from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, Charged, Message, Topic
 from server.plugin import PluginFault
 
 
@@ -38,18 +38,6 @@ class Posted:
     amount: int
     balance_after: int
     position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A notification that waits for its turn; see `Accounts.publish`."""
-
-    user_id: UUID
-    topic: Topic
-    title: str
-    body: str
-    params: dict[str, object]
-    data: dict[str, object]
 
 
 class Accounts:
@@ -134,7 +122,7 @@ class Accounts:
         gift = Posting(user_id, self._welcome_credit, AccountKind.PROMOTIONS, "welcome_credit", str(user_id))
         posted = await self.post(tx, [gift])
         body = N_("{amount} of welcome credit were added.")
-        await self.publish(tx, [self.moved(posted[0], "welcome_credit", body)])
+        await self._notifier.publish_all(tx, [self.moved(posted[0], "welcome_credit", body)])
 
     async def lock_balance(self, tx: Tx, user_id: UUID) -> int:
         """The user's balance, which nobody else can change until the transaction ends."""
@@ -166,7 +154,7 @@ class Accounts:
         if posted[0].balance_after == 0:
             title = N_("Your balance is spent")
             body = N_("Running phones are stopped and keep their data. Top up to start them again.")
-            await self.publish(tx, [self.moved(posted[0], "spent", body, title)])
+            await self._notifier.publish_all(tx, [self.moved(posted[0], "spent", body, title)])
         return Charged(-posted[0].amount, posted[0].balance_after)
 
     async def post(self, tx: Tx, postings: Sequence[Posting], *, partial: bool = False) -> list[Posted]:
@@ -274,19 +262,6 @@ class Accounts:
                 "kind": kind,
             },
         )
-
-    async def publish(self, tx: Tx, messages: Iterable[Message]) -> None:
-        """Publish notifications in the order of their users, as every transaction has to lock them."""
-        for message in sorted(messages, key=lambda one: one.user_id):
-            await self._notifier.publish(
-                tx,
-                message.user_id,
-                message.topic,
-                message.title,
-                message.body,
-                params=message.params,
-                data=message.data,
-            )
 
 
 ACCOUNTS: Final = web.AppKey("ACCOUNTS", Accounts)

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from aiohttp import web
 
-from plugins.billing.ledger import ACCOUNTS, Message
+from plugins.billing.ledger import ACCOUNTS
 from plugins.billing.model import BillingSection, Order, OrderQuery, OrderState, Position
 from plugins.billing.providers import PROVIDERS
 from server.api import Page, from_cursor, to_cursor
@@ -13,7 +13,7 @@ from server.auth import Caller
 from server.db import Record
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
-from server.interfaces import CONFIGURATION, DATABASE, RANDOMNESS, Topic
+from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, RANDOMNESS, Message, Topic
 
 EXPIRE_AT_ONCE: Final = 500
 
@@ -30,6 +30,7 @@ class Orders:
         self._database = app[DATABASE]
         self._randomness = app[RANDOMNESS]
         self._accounts = app[ACCOUNTS]
+        self._notifier = app[NOTIFIER]
         self._providers = app[PROVIDERS]
 
     async def create(self, caller: Caller, amount: int, order_id: UUID, origin: str) -> Order:
@@ -127,7 +128,7 @@ class Orders:
                 caller.user_id,
             )
             if row is not None:
-                await self._accounts.publish(tx, [order_message(row, N_("Order {number} was cancelled"))])
+                await self._notifier.publish_all(tx, [order_message(row, N_("Order {number} was cancelled"))])
                 return self._order(row, origin)
         order = await self.get(caller, order_id, origin)
         if order.state is not OrderState.CANCELLED:
@@ -153,7 +154,7 @@ class Orders:
                 )
                 title = N_("Order {number} expired")
                 body = N_("It was not paid in time. Make a new one to top up.")
-                await self._accounts.publish(tx, [order_message(row, title, body) for row in rows])
+                await self._notifier.publish_all(tx, [order_message(row, title, body) for row in rows])
             expired = len(rows)
 
     def _order(self, row: Record, origin: str) -> Order:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from plugins.billing.ledger import ACCOUNTS, Message, Posting
+from plugins.billing.ledger import ACCOUNTS, Posting
 from plugins.billing.model import AccountKind, Acknowledgement, OrderState, PaymentEvent
 from plugins.billing.orders import order_message
 from plugins.billing.providers import PROVIDERS
@@ -20,7 +20,7 @@ from server.batch import Lane, LaneClosed
 from server.db import DatabaseUnavailable, Record, Tx
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
-from server.interfaces import DATABASE, DIRECTORY, Topic
+from server.interfaces import DATABASE, DIRECTORY, NOTIFIER, Message, Topic
 from server.observe import log
 
 BATCH_LIMIT: Final = 128
@@ -66,6 +66,7 @@ class Payments:
         self._database = app[DATABASE]
         self._directory = app[DIRECTORY]
         self._accounts = app[ACCOUNTS]
+        self._notifier = app[NOTIFIER]
         self._providers = app[PROVIDERS]
         self._lane: Lane[Callback, OrderState] = Lane(self._settle, limit=BATCH_LIMIT)
 
@@ -230,7 +231,7 @@ class Payments:
                 for administrator in await self._directory.administrators(tx)
                 for report in batch.to_administrators
             ]
-        await self._accounts.publish(tx, messages)
+        await self._notifier.publish_all(tx, messages)
 
 
 PAYMENTS: Final = web.AppKey("PAYMENTS", Payments)

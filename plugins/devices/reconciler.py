@@ -1,14 +1,13 @@
 """Carries out what the rows want: brings phones up and down, and mends what went wrong by itself.
 
-One task a device, eight at work at a time. Every step may be broken off anywhere and is repeated from the
-row; an intent that comes meanwhile raises the row's generation, and the step that is under way writes
-nothing more.
+One task a device. Every step may be broken off anywhere and is repeated from the row: by a kill -9, and by
+a new intent, which raises the row's generation, ends the task and starts another.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
 from uuid import UUID
@@ -18,7 +17,7 @@ from phones.runtime import FoundPhone, PhoneStatus, PortTaken, Runtime, RuntimeF
 from plugins.devices.fleet import Fleet
 from plugins.devices.links import Links
 from plugins.devices.metering import Metering
-from plugins.devices.model import NOTHING, Detail, DeviceState, Rented, Wanted
+from plugins.devices.model import COMING_UP, NOTHING, Detail, DeviceState, Rented, Wanted
 from plugins.devices.section import DevicesSection
 from server.clock import Clock
 from server.db import DatabaseUnavailable, Tx
@@ -26,9 +25,11 @@ from server.errors import Problem
 from server.events import Events
 from server.i18n import N_
 from server.interfaces import DeviceDeleted
+from server.locks import KeyedLocks
 from server.observe import log
 
-AT_ONCE: Final = 8
+STARTS_AT_ONCE: Final = 8
+ENDS_AT_ONCE: Final = 16
 PORT_TRIES: Final = 4
 RUNTIME_DEADLINE_S: Final = 30.0
 REVIVAL_PAUSE: Final = timedelta(minutes=10)
@@ -47,6 +48,14 @@ TROUBLES: Final = {
 }
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Attending:
+    """The task that sees to a device, and the intent it carries out."""
+
+    generation: int
+    task: asyncio.Task[None]
 
 
 class Reconciler:
@@ -70,18 +79,33 @@ class Reconciler:
         self._clock = clock
         self._bind_address = section.bind_address
         self._start_deadline_s = section.start_deadline_s
-        self._turns = asyncio.Semaphore(AT_ONCE)
-        self._tasks: dict[UUID, asyncio.Task[None]] = {}
+        # A stop must not queue behind phones that are slow to come up.
+        self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
+        self._ends = asyncio.Semaphore(ENDS_AT_ONCE)
+        self._work = KeyedLocks[UUID]()  # guards: one device's phone, from a task to its successor
+        self._current: dict[UUID, _Attending] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._awake = asyncio.Event()
 
     def ring(self, device_id: UUID) -> None:
-        """See to a device soon."""
-        if device_id not in self._tasks:
-            self._tasks[device_id] = asyncio.create_task(self._attend(device_id))
+        """See to a device; what is under way for an earlier intent is broken off."""
+        device, attending = self._fleet.get(device_id), self._current.get(device_id)
+        if device is None or self._closed:
+            return
+        if attending is not None:
+            if attending.generation == device.generation:
+                return
+            attending.task.cancel()
+        task = asyncio.create_task(self._attend(device_id))
+        self._current[device_id] = _Attending(device.generation, task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """Break off what is under way; the rows remember it."""
-        tasks = list(self._tasks.values())
+        self._closed = True
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -93,7 +117,7 @@ class Reconciler:
             await self._mend(UUID(found.id))
 
     async def reconcile(self) -> None:
-        """Compare the rows with the machine, and mend both ways. Raises RuntimeUnavailable.
+        """Compare the rows with the machine, and mend both ways. Raises RuntimeFault.
 
         Call it first when every plugin has started, as from then on they may be told of what happened.
         """
@@ -102,41 +126,50 @@ class Reconciler:
         found = {UUID(phone.id): phone for phone in await _soon(self._runtime.list())}
         for device_id in found:
             if self._fleet.get(device_id) is None:
-                log.warning("a phone without a device is removed", extra={"device": str(device_id)})
-                await _soon(self._runtime.remove(str(device_id)))
+                await self._remove_orphan(device_id)
         for device in self._fleet.all():
             if device.needs_work:
                 self.ring(device.id)
             elif not _agree(device, found.get(device.id)):
                 await self._mend(device.id)
 
+    async def _remove_orphan(self, device_id: UUID) -> None:
+        log.warning("a phone without a device is removed", extra={"device": str(device_id)})
+        try:
+            await _soon(self._runtime.remove(str(device_id)))
+        except RuntimeFault as fault:
+            log.warning("a phone is seen to later", extra={"device": str(device_id), "error": str(fault)})
+
     # One device's task
 
     async def _attend(self, device_id: UUID) -> None:
-        """Work until the device is where it shall be."""
-        pause_s = _FIRST_RETRY_S
         try:
-            while (device := self._fleet.get(device_id)) is not None and device.needs_work:
-                if await self._try_step(device_id):
-                    pause_s = _FIRST_RETRY_S
-                else:
-                    await self._clock.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _LAST_RETRY_S)
+            async with self._work.of(device_id):
+                await self._work_on(device_id)
         finally:
-            del self._tasks[device_id]
+            attending = self._current.get(device_id)
+            if attending is not None and attending.task is asyncio.current_task():
+                del self._current[device_id]
 
-    async def _try_step(self, device_id: UUID) -> bool:
-        async with self._turns:
-            device = self._fleet.get(device_id)
-            if device is None:
-                return True
+    async def _work_on(self, device_id: UUID) -> None:
+        """Take step after step until the device is where it shall be."""
+        pause_s = _FIRST_RETRY_S
+        while (device := self._fleet.get(device_id)) is not None and device.needs_work:
+            if await self._try_step(device):
+                pause_s = _FIRST_RETRY_S
+            else:
+                await self._clock.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_RETRY_S)
+
+    async def _try_step(self, device: Rented) -> bool:
+        async with self._starts if device.state in COMING_UP else self._ends:
             try:
                 await self._step(device)
             except (RuntimeFault, DatabaseUnavailable) as fault:
-                log.warning("a device has to wait", extra={"device": str(device_id), "error": str(fault)})
+                log.warning("a device has to wait", extra={"device": str(device.id), "error": str(fault)})
                 return False
             except Exception:
-                log.exception("unforeseen error at a device", extra={"device": str(device_id)})
+                log.exception("unforeseen error at a device", extra={"device": str(device.id)})
                 return False
         return True
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import attrgetter
 from typing import Final
 from uuid import UUID
 
@@ -95,7 +96,7 @@ class Devices:
 
     def of_owner(self, owner_id: UUID) -> list[Rented]:
         """A user's devices, newest first."""
-        return sorted(self._fleet.of_owner(owner_id), key=lambda device: device.position, reverse=True)
+        return sorted(self._fleet.of_owner(owner_id), key=attrgetter("created_at", "id"), reverse=True)
 
     async def stats(self, caller: Caller, device_id: UUID) -> PhoneStats:
         """What a running phone uses now.

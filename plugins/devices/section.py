@@ -74,7 +74,13 @@ class DevicesSection(Section):
     images: tuple[ImageSection, ...] = (
         ImageSection(name="android-12", reference="redroid/redroid:12.0.0-latest"),
     )
-    plans: tuple[PlanSection, ...] = (PlanSection(name="basic"),)
+    plans: tuple[PlanSection, ...] = (
+        PlanSection(name="basic"),
+        PlanSection(
+            name="large", cpus=4, memory_mb=4096, width=1080, height=1920, dpi=480, price_per_hour=40
+        ),
+        PlanSection(name="small", cpus=1, memory_mb=2048, width=540, height=960, dpi=240, price_per_hour=10),
+    )
 
     @model_validator(mode="after")
     def _ports_keep_apart(self) -> Self:

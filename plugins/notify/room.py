@@ -18,7 +18,7 @@ from server.batch import Lane
 from server.db import DatabaseUnavailable, Record, Tx
 from server.errors import not_found
 from server.i18n import pick_locale
-from server.interfaces import CLOCK, DATABASE, DIRECTORY, SOCKETS, Topic
+from server.interfaces import CLOCK, DATABASE, DIRECTORY, SOCKETS, Message, Topic
 from server.request_keys import CALLER
 from server.sockets import until_closed
 
@@ -125,6 +125,14 @@ class Notifications:
         """The same to several users."""
         filled, given = dict(params or {}), dict(data or {})
         await self._store(tx, [Draft(user_id, topic, title, body, filled, given) for user_id in user_ids])
+
+    async def publish_all(self, tx: Tx, messages: Sequence[Message]) -> None:
+        """Different notifications, several for the same user too, in order."""
+        if messages:
+            drafts = [
+                Draft(one.user_id, one.topic, one.title, one.body, one.params, one.data) for one in messages
+            ]
+            await self._store(tx, drafts)
 
     async def send(self, new: NewNotification) -> int:
         """Tell one user, or all, what an administrator wrote; how many that were.

@@ -15,7 +15,7 @@ from server.observe import log
 from server.sockets import Outbox
 
 STREAMS_PER_USER: Final = 20
-REPLAY_PAGE: Final = 40  # of the largest notifications, less than a reader's backlog may hold
+REPLAY_PAGE: Final = 100
 
 After = Callable[[UUID, int, int], Awaitable[Sequence[Letter]]]
 
@@ -111,6 +111,7 @@ class Streams:
         for letter in letters:
             reader.outbox.push(letter.frame(reader.locale))
             reader.sent = letter.id
+            if reader.outbox.behind:
+                await reader.outbox.drained()
         if len(letters) < REPLAY_PAGE:
             reader.sent = max(reader.sent, known)  # the rest is older than what is kept
-        await reader.outbox.drained()

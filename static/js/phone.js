@@ -14,6 +14,8 @@ const api = `/api/v1/devices/${id}`;
 const screen = startScreen(api);
 const apps = startPhoneApps(api, id, () => screen.refreshSoon());
 startShell(api, () => screen.refreshSoon());
+let underWay = false;
+let wanted = false;
 
 function show(state, detail) {
   const before = page.dataset.state;
@@ -44,19 +46,25 @@ function gone() {
   location.assign("/devices");
 }
 
+/** Asks how the phone is; one request at a time, so that no older answer is shown last. */
 async function refresh() {
-  try {
-    const device = await call("GET", api, undefined, { quiet: true });
-    show(device.state, device.state_detail);
-    showPorts(device.ports);
-  } catch (problem) {
-    if (problem.status === 404) gone();
+  wanted = true;
+  if (underWay) return;
+  underWay = true;
+  while (wanted) {
+    wanted = false;
+    try {
+      const device = await call("GET", api, undefined, { quiet: true });
+      show(device.state, device.state_detail);
+      showPorts(device.ports);
+    } catch (problem) {
+      if (problem.status === 404) gone();
+    }
   }
+  underWay = false;
 }
 
-page.addEventListener("done", (event) => {
-  if (event.detail?.state) show(event.detail.state, event.detail.state_detail);
-});
+page.addEventListener("done", refresh);
 document.addEventListener("device.state", ({ detail: { data } }) => {
   if (data.device_id !== id) return;
   if (data.state === "deleted") gone();

@@ -11,7 +11,7 @@ from playwright.async_api import FilePayload, Locator, Page, expect
 
 from phones.simulator.layout import Box, layout
 from tests.apks import build_apk
-from tests.browser.conftest import Visitor
+from tests.browser.conftest import UNREACHABLE, Visitor
 from tests.house import PASSWORD, port_ranges
 from tests.process import ServerProcess, server_process
 
@@ -96,7 +96,7 @@ async def test_a_newcomer_does_the_main_job_in_a_browser(visitor: Visitor, serve
     await stops_and_starts_it(page)
     app = await uploads_an_app(page)
     await installs_and_opens_it(page, phone)
-    order = await tops_up(page)
+    order = await tops_up(page, visitor)
     await reaches_every_action_by_keyboard(page, phone)
     await outlives_the_server(page, phone, visitor, server)
     await reads_the_news(page)
@@ -159,7 +159,7 @@ async def touches_it(page: Page) -> None:
     sent = await pixels(page, BELOW_CLOCK)
     await page.get_by_role("button", name="Home", exact=True).click()
     await changed(page, sent, BELOW_CLOCK)
-    await page.get_by_role("textbox", name="Command").fill("echo 'a  b'; echo <i>; exit 3")
+    await page.get_by_role("textbox", name="Command").fill("echo 'a  b'; echo '<i>'; exit 3")
     await page.keyboard.press("Enter")
     await expect(page.get_by_text("Exit code 3")).to_be_visible()
     await expect(page.get_by_label("Output")).to_contain_text("a  b\n<i>")
@@ -180,6 +180,7 @@ async def stops_and_starts_it(page: Page) -> None:
 async def uploads_an_app(page: Page) -> str:
     """Choose a file with the keyboard; see what it is and what it may do. Answers the app's address."""
     await page.get_by_role("navigation").get_by_role("link", name="Apps").click()
+    await expect(page.get_by_role("heading", level=1)).to_have_text("Apps")
     async with page.expect_file_chooser() as chooser:
         await press(page.get_by_role("button", name="Choose a file"))
     await (await chooser.value).set_files(APK)
@@ -218,15 +219,17 @@ async def installs_and_opens_it(page: Page, phone: str) -> None:
     await changed(page, opened)
 
 
-async def tops_up(page: Page) -> str:
+async def tops_up(page: Page, visitor: Visitor) -> str:
     """Order, pay on the sandbox's page; the balance moves in another window too. Answers the order."""
     other = await page.context.new_page()
     await other.goto(page.url)
     await expect(balance(other)).to_have_text("CN¥10.00")
+    await page.bring_to_front()
     await page.get_by_role("navigation").get_by_role("link", name="Balance").click()
     await page.get_by_label("Amount in CNY").fill("0")
-    await page.get_by_role("button", name="Continue to payment").click()
-    await expect(page.locator("#f-amount-error")).to_contain_text("Enter an amount between")
+    with visitor.expecting("status of 422", "/billing: 422"):
+        await page.get_by_role("button", name="Continue to payment").click()
+        await expect(page.locator("#f-amount-error")).to_contain_text("Enter an amount between")
     await page.get_by_role("button", name="50", exact=True).click()
     await expect(page.get_by_label("Amount in CNY")).to_have_value("50")
     await page.get_by_role("button", name="Continue to payment").click()
@@ -258,7 +261,7 @@ async def outlives_the_server(page: Page, phone: str, visitor: Visitor, server: 
     await page.goto(phone)
     await expect(page.locator("[data-live=on]")).to_have_text("Live")
     await page.evaluate("window.sameDocument = true")
-    with visitor.server_away():
+    with visitor.expecting(*UNREACHABLE):
         await server.kill()
         await expect(page.locator("[data-live=off]")).to_have_text("Reconnecting…")
         await server.start()
@@ -345,6 +348,7 @@ def balance(page: Page) -> Locator:
 
 async def tab_to(target: Locator) -> None:
     """Press Tab until the focus is there, and see that it shows."""
+    await expect(target).to_be_visible()
     for _ in range(60):
         await target.page.keyboard.press("Tab")
         if await target.evaluate("element => element === document.activeElement"):
