@@ -38,7 +38,7 @@ import json
 import mimetypes
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -163,14 +163,13 @@ def is_local(address: str) -> bool:
 async def _load(app: web.Application) -> AsyncIterator[None]:
     app[_STATIC] = tree = await asyncio.to_thread(_read_static, _ROOT / "static")
     sources = await asyncio.to_thread(_read_templates, _ROOT / "templates")
-    compiled = _SharedBytecode()
     for locale, key in _ENVIRONMENTS.items():
         environment = aiohttp_jinja2.setup(
             app,
             app_key=key,
             default_helpers=False,
             loader=jinja2.DictLoader(sources),
-            bytecode_cache=compiled,
+            bytecode_cache=_COMPILED,
             extensions=["jinja2.ext.i18n"],
             undefined=jinja2.StrictUndefined,
             auto_reload=False,
@@ -203,13 +202,16 @@ class _SharedBytecode(jinja2.BytecodeCache):
     """Compiles a template once for all languages."""
 
     def __init__(self) -> None:
-        self._codes: dict[str, Any] = {}
+        self._codes: dict[tuple[str, str], Any] = {}
 
     def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
-        bucket.code = self._codes.get(bucket.key)
+        bucket.code = self._codes.get((bucket.key, bucket.checksum))
 
     def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
-        self._codes[bucket.key] = bucket.code
+        self._codes[bucket.key, bucket.checksum] = bucket.code
+
+
+_COMPILED: Final = _SharedBytecode()
 
 
 def _read_templates(folder: Path) -> dict[str, str]:
@@ -228,6 +230,7 @@ def _json_attribute(value: object) -> Markup:
     return escape(json.dumps(value, ensure_ascii=False))
 
 
+@cache
 def _read_static(folder: Path) -> _StaticTree:
     files: dict[str, _StaticFile] = {}
     digest = hashlib.sha256()
