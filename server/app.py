@@ -48,6 +48,7 @@ from server.observe import METRICS, Metrics, mark_answer, observing, watch_loop_
 from server.operations import add_operations
 from server.pages import setup_pages
 from server.plugin import Job, Plugin, PluginFault
+from server.proxies import believing
 from server.secret import kept_secret
 from server.sockets import Sockets
 from server.storage import Storage
@@ -72,6 +73,7 @@ def build(
     app = web.Application(
         client_max_size=MAX_JSON_BYTES,
         middlewares=[
+            believing(section.trusted_proxies),
             observing(metrics, clock, randomness),
             aiohttp_session.session_middleware(_cookie_storage(configuration, secret_key)),
             answer_problems,

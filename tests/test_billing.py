@@ -186,7 +186,7 @@ async def test_a_new_account_has_the_welcome_credit(bank: House) -> None:
 
 
 async def test_without_a_welcome_credit_an_account_starts_empty(open_bank: OpenBank) -> None:
-    bank = await open_bank(billing={**SANDBOX, **dict(welcome_credit=0)})
+    bank = await open_bank(billing={**SANDBOX, "welcome_credit": 0})
     client = await bank.sign_up()
     assert await balance_of(client) == 0
     assert await entries_of(client) == []
@@ -237,7 +237,7 @@ async def test_an_order_takes_nothing_but_an_amount(bank: House) -> None:
 
 
 async def test_limits_of_an_order_come_from_the_configuration(open_bank: OpenBank) -> None:
-    bank = await open_bank(billing={**SANDBOX, **dict(min_order=100, max_order=200)})
+    bank = await open_bank(billing={**SANDBOX, "min_order": 100, "max_order": 200})
     client = await bank.sign_up()
     statuses = [
         (await client.post("/billing/orders", {"amount": amount})).status for amount in (99, 100, 200, 201)
@@ -316,7 +316,7 @@ async def test_a_pending_order_can_be_cancelled_and_a_paid_one_not(bank: House) 
 
 
 async def test_an_unpaid_order_expires_once(open_bank: OpenBank) -> None:
-    bank = await open_bank(billing={**SANDBOX, **dict(order_ttl_s=1, expiry_interval_s=0.2)})
+    bank = await open_bank(billing={**SANDBOX, "order_ttl_s": 1, "expiry_interval_s": 0.2})
     client = await bank.sign_up()
     orders = [await order_of(client) for _ in range(3)]
     await deliver(bank, report(orders[0]))
@@ -638,7 +638,7 @@ async def test_a_locked_balance_stands_still(bank: House) -> None:
 
 
 async def test_a_user_without_an_account_gets_one_when_it_is_needed(open_bank: OpenBank) -> None:
-    bank = await open_bank(billing={**SANDBOX, **dict(welcome_credit=0)})
+    bank = await open_bank(billing={**SANDBOX, "welcome_credit": 0})
     locked, buyer, spender = [await bank.sign_up() for _ in range(3)]
     database, ledger = bank.app[DATABASE], bank.app[LEDGER]
     await database.execute("DELETE FROM ledger_accounts WHERE kind = 'user'")

@@ -29,6 +29,11 @@ function showApp(app) {
   document.getElementById("no-apps").hidden = true;
 }
 
+/** What is wrong, then the particulars, where there are any. */
+function reason({ title, message }) {
+  return title && title !== message ? `${title}: ${message}` : message;
+}
+
 async function send(file, row) {
   const bar = row.querySelector("progress");
   const status = slot(row, "status");
@@ -49,7 +54,7 @@ async function send(file, row) {
     showApp(answer.app);
     setTimeout(() => row.remove(), STAYS_MS);
   } catch (problem) {
-    status.textContent = problem.status === 0 ? text("upload.interrupted") : problem.message;
+    status.textContent = problem.status === 0 ? text("upload.interrupted") : reason(problem);
     status.classList.replace("soft", "field-error");
     bar.remove();
   }

@@ -93,7 +93,7 @@ async def test_a_newcomer_does_the_main_job_in_a_browser(visitor: Visitor, serve
     await rents_a_phone(page)
     phone = page.url
     await touches_it(page)
-    await stops_and_starts_it(page)
+    await stops_and_starts_it(page, visitor)
     app = await uploads_an_app(page)
     await installs_and_opens_it(page, phone)
     order = await tops_up(page, visitor)
@@ -165,11 +165,13 @@ async def touches_it(page: Page) -> None:
     await expect(page.get_by_label("Output")).to_contain_text("a  b\n<i>")
 
 
-async def stops_and_starts_it(page: Page) -> None:
+async def stops_and_starts_it(page: Page, visitor: Visitor) -> None:
     """Every state on the way shows itself, and the page is never loaded again."""
     actions = page.get_by_role("group", name="What to do with the phone")
-    await actions.get_by_role("button", name="Stop").click()
-    await expect(state(page)).to_have_text("Stopped")
+    # A picture asked for just before is refused when the phone stops meanwhile.
+    with visitor.expecting("/screenshot"):
+        await actions.get_by_role("button", name="Stop").click()
+        await expect(state(page)).to_have_text("Stopped")
     await expect(page.get_by_text("The phone is stopped. It costs nothing")).to_be_visible()
     await actions.get_by_role("button", name="Start").click()
     await expect(state(page)).to_have_text("Running")
@@ -276,7 +278,7 @@ async def outlives_the_server(page: Page, phone: str, visitor: Visitor, server: 
 
 
 async def reads_the_news(page: Page) -> None:
-    """Every step was told, is numbered without gaps, and is still there after a reload."""
+    """Every step was told once, and is still there after a reload."""
     await page.get_by_role("navigation").get_by_role("link", name="Notifications").click()
     news = page.locator("#inbox > li")
     for told in (
@@ -289,7 +291,7 @@ async def reads_the_news(page: Page) -> None:
         await expect(news.filter(has_text=told).first).to_be_visible()
     await expect(news.filter(has_text=re.compile(r"Order \w+ is paid"))).to_have_count(1)
     ids = await news.evaluate_all("items => items.map((item) => Number(item.dataset.notificationId))")
-    assert ids == list(range(len(ids), 0, -1))
+    assert ids == sorted(set(ids), reverse=True)
     await expect(page.locator("[data-unread]")).to_have_text(str(len(ids)))
     before = await news.all_inner_texts()
     await page.reload()
