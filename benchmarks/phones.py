@@ -7,6 +7,7 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -61,7 +62,7 @@ async def rent(http: aiohttp.ClientSession, url: str, choice: dict[str, str], nu
         assert reply.status == 202, await reply.text()
 
 
-async def states(http: aiohttp.ClientSession, url: str) -> list[dict[str, object]]:
+async def states(http: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
     """All phones."""
     async with http.get(f"{url}/devices?limit=100") as reply:
         return list((await reply.json())["items"])
@@ -106,10 +107,8 @@ async def measure(count: int) -> None:
             print(f"all settled after    {time.monotonic() - began:6.2f} s")
             phones = await states(http, url)
             running = [phone for phone in phones if phone["state"] == "running"]
-            ports = [port for phone in running for port in dict(phone["ports"]).values()]  # type: ignore[call-overload]  # JSON
-            print(
-                f"running              {len(running):6} of {count}, {len(set(ports))} distinct ports of {len(ports)}"
-            )
+            ports = [port for phone in running for port in phone["ports"].values()]
+            print(f"running              {len(running):6} of {count}, {len(set(ports))} distinct ports")
         for name, found in weights(server).items():
             mean = sum(found) / max(1, len(found))
             print(f"{name:<10} resident  {sum(found):8.1f} MB in {len(found)} processes, {mean:.1f} MB each")

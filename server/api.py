@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, get_args
@@ -335,8 +336,23 @@ def to_cursor(*position: str | int) -> str:
     return base64.urlsafe_b64encode(orjson.dumps(position)).decode().rstrip("=")
 
 
-def from_cursor(cursor: str, *kinds: type) -> list[Any]:
-    """The position a cursor stands for. Raises Problem(malformed) for one we did not make."""
+def whole_number(value: object) -> int:
+    """A cursor's number, within what the database counts. Raises ValueError."""
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError("no place in a list")
+    return value
+
+
+def moment(value: str) -> datetime:
+    """A cursor's time, to the microsecond. Raises ValueError."""
+    at = datetime.fromisoformat(value)
+    if at.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return at
+
+
+def from_cursor(cursor: str, *kinds: Callable[[Any], Any]) -> list[Any]:
+    """The position a cursor stands for, each part made by its kind; forgeries are Problem(malformed)."""
     try:
         position = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         return [kind(value) for kind, value in zip(kinds, position, strict=True)]

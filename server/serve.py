@@ -89,7 +89,7 @@ def _allow_many_files() -> None:
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  (a lookup, no bind)
+    reachable = {"::1": "[::1]", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  (a lookup, no bind)
     return f"http://{reachable}:{port}"
 
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
+from server.api import to_cursor
 from server.interfaces import DATA_DIR, DATABASE, STORAGE
 from tests import apks
 from tests.apks import build_apk
@@ -200,6 +201,8 @@ async def test_pages_lead_through_a_library(house: House) -> None:
     packages = [app["package"] for app in first["items"] + second["items"]]
     assert packages == ["org.example.a2", "org.example.a1", "org.example.a0"]
     assert second["next_cursor"] is None
+    for forged in (to_cursor("garbage", str(uuid4())), to_cursor("2026-01-01", str(uuid4())), to_cursor(1)):
+        assert (await person.get(f"/apps?cursor={forged}")).code == "malformed"
 
 
 async def test_an_app_goes_onto_a_phone_and_off_again(house: House) -> None:

@@ -231,6 +231,21 @@ async def test_a_renewal_and_a_sign_out_at_once_leave_no_session(house: House) -
         assert (await ann.get("/users/me")).status == 401
 
 
+async def test_a_renewal_heard_of_after_the_sign_out_opens_nothing(house: House) -> None:
+    ann = await house.sign_up(EMAIL)
+    sessions = house.app[USERS].sessions
+    prolong = sessions._prolong
+    late: list[Any] = []
+    sessions._prolong = late.append  # type: ignore[method-assign]
+    reply = await house.anyone.post("/auth/refresh", {"refresh_token": ann.session["refresh_token"]})
+    again = renewed(ann, house, reply)
+    assert (await again.post("/auth/logout")).status == 204
+    for row in late:
+        prolong(row)
+    assert len(late) == 1
+    assert (await again.get("/users/me")).status == 401
+
+
 async def test_a_forged_or_foreign_token_is_refused(house: House) -> None:
     for token, status in (("", 401), ("nonsense", 401), ("x" * 300, 422)):
         assert (await house.anyone.post("/auth/refresh", {"refresh_token": token})).status == status

@@ -13,7 +13,7 @@ from phones.adb import AdbFault, InstallRefused
 from plugins.apps.library import LIBRARY, object_key
 from plugins.apps.model import Installation, InstallationState, InstalledApp, InstalledApps
 from plugins.apps.refusals import REFUSALS
-from server.api import Page, PageQuery, from_cursor, to_cursor
+from server.api import Page, PageQuery, from_cursor, moment, to_cursor
 from server.auth import Caller
 from server.db import Record, Tx
 from server.errors import Code, Problem
@@ -70,14 +70,13 @@ class Installations:
     async def of_device(self, caller: Caller, device_id: UUID, query: PageQuery) -> Page[Installation]:
         """A phone's installations, newest first."""
         await self._app[PHONES].rented(caller, device_id)
-        created_at, last_id = from_cursor(query.cursor, str, UUID) if query.cursor else (None, None)
+        created_at, last_id = from_cursor(query.cursor, moment, UUID) if query.cursor else (None, None)
         rows = await self._database.fetch(
             """
-            SELECT id, device_id, app_id, package, state, detail, created_at, updated_at,
-                created_at::text AS position
+            SELECT id, device_id, app_id, package, state, detail, created_at, updated_at
             FROM installations
             WHERE device_id = $1
-                AND ($2::text IS NULL OR (created_at, id) < ($2::text::timestamptz, $3::uuid))
+                AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid))
             ORDER BY created_at DESC, id DESC LIMIT $4
             """,
             device_id,
@@ -86,7 +85,11 @@ class Installations:
             query.page_size + 1,
         )
         shown = rows[: query.page_size]
-        more = to_cursor(shown[-1]["position"], str(shown[-1]["id"])) if len(rows) > len(shown) else None
+        more = (
+            to_cursor(shown[-1]["created_at"].isoformat(), str(shown[-1]["id"]))
+            if len(rows) > len(shown)
+            else None
+        )
         return Page[Installation](items=[_installation(row) for row in shown], next_cursor=more)
 
     async def dispatch(self) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from phones.apk import ApkFacts, InvalidApk, inspect
 from plugins.apps.model import App, AppsSection
 from plugins.apps.refusals import REFUSALS
-from server.api import Page, PageQuery, from_cursor, to_cursor
+from server.api import Page, PageQuery, from_cursor, moment, to_cursor
 from server.auth import Caller
 from server.db import Record, UniqueViolation
 from server.errors import Code, Problem, not_found
@@ -132,14 +132,14 @@ class Library:
 
     async def page(self, caller: Caller, query: PageQuery) -> Page[App]:
         """The caller's apps, newest first."""
-        created_at, last_id = from_cursor(query.cursor, str, UUID) if query.cursor else (None, None)
+        created_at, last_id = from_cursor(query.cursor, moment, UUID) if query.cursor else (None, None)
         rows = await self._database.fetch(
             """
             SELECT id, owner_id, package, label, version_name, version_code, min_sdk, target_sdk,
-                permissions, size_bytes, sha256, created_at, created_at::text AS position
+                permissions, size_bytes, sha256, created_at
             FROM apps
             WHERE owner_id = $1 AND state = 'ready'
-                AND ($2::text IS NULL OR (created_at, id) < ($2::text::timestamptz, $3::uuid))
+                AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid))
             ORDER BY created_at DESC, id DESC LIMIT $4
             """,
             caller.user_id,
@@ -148,7 +148,11 @@ class Library:
             query.page_size + 1,
         )
         shown = rows[: query.page_size]
-        more = to_cursor(shown[-1]["position"], str(shown[-1]["id"])) if len(rows) > len(shown) else None
+        more = (
+            to_cursor(shown[-1]["created_at"].isoformat(), str(shown[-1]["id"]))
+            if len(rows) > len(shown)
+            else None
+        )
         return Page[App](items=[_app(row) for row in shown], next_cursor=more)
 
     async def get(self, caller: Caller, app_id: UUID) -> App:

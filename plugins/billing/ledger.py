@@ -10,8 +10,8 @@ from uuid import UUID
 from aiohttp import web
 from babel.numbers import get_currency_precision
 
-from plugins.billing.model import AccountKind, Balance, BillingSection, Entry, Position
-from server.api import Page, PageQuery, from_cursor, to_cursor
+from plugins.billing.model import AccountKind, Balance, BillingSection, Entry
+from server.api import Page, PageQuery, from_cursor, to_cursor, whole_number
 from server.db import Record, Tx
 from server.errors import Code, Problem
 from server.i18n import N_
@@ -88,7 +88,7 @@ class Accounts:
 
     async def page(self, user_id: UUID, query: PageQuery) -> Page[Entry]:
         """A user's entries, newest first."""
-        (before,) = from_cursor(query.cursor, Position) if query.cursor else (None,)
+        (before,) = from_cursor(query.cursor, whole_number) if query.cursor else (None,)
         rows = await self._database.fetch(
             """
             SELECT e.transaction_id AS id, e.position, e.amount, e.balance_after, e.kind, e.reference,

@@ -62,16 +62,6 @@ class AccountKind(StrEnum):
     UNAPPLIED = "unapplied"
 
 
-class Position(int):
-    """A place in a list, within what the database counts. Raises ValueError for anything else."""
-
-    def __new__(cls, value: object) -> Self:
-        """Take a whole number from a cursor."""
-        if not isinstance(value, int) or not 0 <= value < 2**63:
-            raise ValueError("no place in a list")
-        return super().__new__(cls, value)
-
-
 class Balance(Outgoing):
     """What a user has."""
 

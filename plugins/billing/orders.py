@@ -6,9 +6,9 @@ from uuid import UUID
 from aiohttp import web
 
 from plugins.billing.ledger import ACCOUNTS
-from plugins.billing.model import BillingSection, Order, OrderQuery, OrderState, Position
+from plugins.billing.model import BillingSection, Order, OrderQuery, OrderState
 from plugins.billing.providers import PROVIDERS
-from server.api import Page, from_cursor, to_cursor
+from server.api import Page, from_cursor, to_cursor, whole_number
 from server.auth import Caller
 from server.db import Record
 from server.errors import Code, Problem, not_found
@@ -64,7 +64,7 @@ class Orders:
 
     async def page(self, caller: Caller, query: OrderQuery, origin: str) -> Page[Order]:
         """The caller's orders, newest first."""
-        (before,) = from_cursor(query.cursor, Position) if query.cursor else (None,)
+        (before,) = from_cursor(query.cursor, whole_number) if query.cursor else (None,)
         rows = await self._database.fetch(
             """
             SELECT id, number, provider, amount, currency, state, created_at, expires_at, paid_at, position

@@ -12,7 +12,7 @@ from aiohttp import WSCloseCode, web
 
 from plugins.notify.model import LARGEST_ID, Draft, Letter, ListQuery, NewNotification, Notification
 from plugins.notify.streams import Streams
-from server.api import Page, from_cursor, to_cursor
+from server.api import Page, from_cursor, to_cursor, whole_number
 from server.auth import Caller
 from server.batch import Lane
 from server.db import DatabaseUnavailable, Record, Tx
@@ -206,7 +206,7 @@ class Notifications:
 
     async def page(self, caller: Caller, query: ListQuery, locale: str) -> Page[Notification]:
         """The caller's notifications, oldest first."""
-        (position,) = from_cursor(query.cursor, int) if query.cursor else (0,)
+        (position,) = from_cursor(query.cursor, whole_number) if query.cursor else (0,)
         letters = await self._database.fetch(
             """
             SELECT id, topic, title, body, params, data, created_at, read_at FROM notifications
