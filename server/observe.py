@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+import warnings
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Final
@@ -50,6 +51,9 @@ def configure_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    # aiohttp-session keeps its session under a plain string, which is its own affair.
+    warnings.filterwarnings("ignore", category=web.NotAppKeyWarning, module="aiohttp_session")
     for chatty in ("botocore", "aiobotocore", "urllib3", "aiohttp.access", "asyncio", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -114,7 +114,7 @@ async def test_the_list_is_oldest_first_in_parts_and_after_a_number(house: House
         assert (await ann.get(f"/notifications?{wrong}")).status == 422, wrong
     assert (await ann.get("/notifications?cursor=nonsense")).status == 400
     huge = "WzEwMDAwMDAwMDAwMDAwMDAwMDAwMDAwXQ"  # [100000000000000000000000]
-    assert (await ann.get(f"/notifications?cursor={huge}")).json["items"] == []
+    assert (await ann.get(f"/notifications?cursor={huge}")).status == 400
 
 
 async def test_reading_marks_everything_up_to_a_number(house: House, ann: Client) -> None:
@@ -297,7 +297,7 @@ async def test_doorbells_that_ring_in_another_order_change_nothing(house: House,
     assert (await stream.receive_json(timeout=5))["last_id"] == 1
     room = house.app[NOTIFICATIONS]
     rung: list[Any] = []
-    deliver, room._deliver = room._deliver, rung.append  # type: ignore[method-assign]
+    deliver, room._deliver = room._deliver, rung.append  # type: ignore[method-assign, assignment]
     for title in ("<two>", "<three>"):
         await tell(house, ann, title)
     for rows in reversed(rung):

@@ -45,7 +45,7 @@ async def test_a_second_server_names_the_first_and_leaves_it_alone() -> None:
         second = ServerProcess(first.folder)
         second.log = first.folder / "second.log"
         await second.launch()
-        assert await second.wait(10) == 1
+        assert await second.wait() == 1
         (line,) = await said(second)
         assert str(first.pid) in line
         async with http.get(f"{first.url}/readyz") as ready:
@@ -57,7 +57,7 @@ async def test_a_port_in_use_is_one_line() -> None:
         port = foreign.getsockname()[1]
         async with server_process({**SECTIONS, "server": {"port": port}}) as server:
             await server.launch()
-            assert await server.wait(10) == 1
+            assert await server.wait() == 1
             (line,) = await said(server)
             assert str(port) in line
             assert "in use" in line
@@ -69,7 +69,7 @@ async def test_a_second_signal_ends_at_once() -> None:
         assert server._process is not None
         server._process.send_signal(signal.SIGTERM)
         server._process.send_signal(signal.SIGTERM)
-        assert await server.wait(10) in {0, 1}
+        assert await server.wait() in {0, 1}
 
 
 async def test_doctor_and_create_admin_work_without_a_server() -> None:

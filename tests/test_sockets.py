@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 from uuid import uuid4
 
 import aiohttp
@@ -15,7 +16,7 @@ from server.observe import Metrics
 from server.sockets import BACKLOG_LIMIT_BYTES, Outbox, Sockets, until_closed
 
 CALLER = Caller(uuid4(), "ann@example.com", "", "user", uuid4())
-Connect = Callable[[], Awaitable[tuple[aiohttp.ClientWebSocketResponse[bool], Outbox]]]
+Connect = Callable[[], Awaitable[tuple[aiohttp.ClientWebSocketResponse[Any], Outbox]]]
 
 
 class Living:
@@ -53,7 +54,7 @@ def sessions() -> Living:
 async def connect(sockets: Sockets, sessions: Living) -> AsyncIterator[Connect]:
     """Open sockets of a server that only sends."""
     opened: asyncio.Queue[Outbox] = asyncio.Queue()
-    clients: list[aiohttp.ClientWebSocketResponse[bool]] = []
+    clients: list[aiohttp.ClientWebSocketResponse[Any]] = []
 
     async def serve(request: web.Request) -> web.WebSocketResponse:
         async with sockets.open(request, CALLER, heartbeat_s=20) as outbox:
@@ -66,7 +67,7 @@ async def connect(sockets: Sockets, sessions: Living) -> AsyncIterator[Connect]:
     app.router.add_get("/", serve)
     async with TestClient(TestServer(app)) as client:
 
-        async def one() -> tuple[aiohttp.ClientWebSocketResponse[bool], Outbox]:
+        async def one() -> tuple[aiohttp.ClientWebSocketResponse[Any], Outbox]:
             clients.append(await client.ws_connect("/"))
             return clients[-1], await opened.get()
 
@@ -77,13 +78,13 @@ async def connect(sockets: Sockets, sessions: Living) -> AsyncIterator[Connect]:
                 transport.abort()
 
 
-def transport_of(socket: aiohttp.ClientWebSocketResponse[bool]) -> asyncio.Transport | None:
+def transport_of(socket: aiohttp.ClientWebSocketResponse[Any]) -> asyncio.Transport | None:
     """The client's end of the connection, as long as there is one."""
     connection = socket._response.connection
     return connection.transport if connection is not None else None
 
 
-def stall(socket: aiohttp.ClientWebSocketResponse[bool]) -> asyncio.Transport:
+def stall(socket: aiohttp.ClientWebSocketResponse[Any]) -> asyncio.Transport:
     """Have the client read no more."""
     transport = transport_of(socket)
     assert transport is not None
