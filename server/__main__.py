@@ -3,9 +3,8 @@
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import uvloop
 
 import plugins.apps
 import plugins.billing
@@ -42,9 +41,18 @@ def main(arguments: list[str]) -> int:
     except (ConfigFault, PluginFault) as fault:
         print(f"cloudphone: {fault}", file=sys.stderr)
         return 2
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code: int = runner.run(chosen.act(configuration, ordered, chosen))
     return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is installed; asyncio's own is slower and just as right."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
 
 
 def _parser() -> argparse.ArgumentParser:

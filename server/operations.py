@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -33,16 +34,23 @@ CORE_CHECKS = (
 )
 
 
-async def failure_of(app: web.Application, check: Check) -> str | None:
-    """Why a check fails now, or None when it does not."""
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: why it fails now, or None, and what else is worth knowing."""
+
+    failure: str | None
+    note: str = ""
+
+
+async def finding_of(app: web.Application, check: Check) -> Finding:
+    """Ask a check, within its deadline."""
     try:
         async with asyncio.timeout(CHECK_DEADLINE_S):
-            await check.ask(app)
+            return Finding(None, await check.ask(app) or "")
     except TimeoutError:
-        return "no answer in time"
+        return Finding("no answer in time")
     except Exception as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
+        return Finding(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def add_operations(app: web.Application, routes: Sequence[Route], checks: Sequence[Check]) -> None:
@@ -75,11 +83,12 @@ async def _metrics(request: web.Request) -> web.Response:
 
 def _readyz(checks: Sequence[Check]) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def readyz(request: web.Request) -> web.Response:
-        failures = await asyncio.gather(*(failure_of(request.app, check) for check in checks))
+        findings = await asyncio.gather(*(finding_of(request.app, check) for check in checks))
         parts: dict[str, Any] = {}
-        for check, failure in zip(checks, failures, strict=True):
-            parts[check.name] = {"state": "ok"} if failure is None else {"state": "down", "detail": failure}
-        ready = not any(failures)
+        for check, found in zip(checks, findings, strict=True):
+            down = {"state": "down", "detail": found.failure}
+            parts[check.name] = {"state": "ok"} if found.failure is None else down
+        ready = all(found.failure is None for found in findings)
         return web.json_response(
             {"status": "ok" if ready else "down", "parts": parts},
             status=200 if ready else 503,

@@ -42,12 +42,12 @@ class Job:
 class Check:
     """One line of `doctor` and one part of `/readyz`: `ask` raises with the reason when it fails.
 
-    `ask` may use the doors and the configuration, not the plugin's room. The server starts without a
-    part that is not `vital`.
+    What `ask` answers is a note worth reading also when all is well. It may use the doors and the
+    configuration, not the plugin's room. The server starts without a part that is not `vital`.
     """
 
     name: str
-    ask: Callable[[web.Application], Awaitable[None]]
+    ask: Callable[[web.Application], Awaitable[str | None]]
     mend: str
     vital: bool = True
 

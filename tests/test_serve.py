@@ -72,16 +72,21 @@ async def test_a_second_signal_ends_at_once() -> None:
         assert await server.wait() in {0, 1}
 
 
-async def test_doctor_and_create_admin_work_without_a_server() -> None:
+async def test_doctor_and_create_admin_work_beside_a_server_and_without_one() -> None:
     async with server_process(SECTIONS) as server:
-        await server.launch("doctor")
-        assert server._process is not None
-        report = (await server._process.communicate())[0].decode()
-        assert server._process.returncode == 0, report
-        assert {line.split()[1].rstrip(":") for line in report.splitlines()} >= {
-            "disk",
-            "database",
-            "storage",
-        }
-        await server.launch("create-admin", "--email", "boss@example.com")
-        assert await server.wait() in {0, 1}
+        report = await output(server, "doctor")
+        assert {line.split()[1].rstrip(":") for line in report} >= {"disk", "database", "storage", "runtime"}
+        assert "is an administrator" in (await output(server, "create-admin", "--email", "a@example.com"))[0]
+        await server.start()
+        beside = ServerProcess(server.folder)
+        assert str(server.pid) in (await output(beside, "doctor"))[-1]
+        assert "is an administrator" in (await output(beside, "create-admin", "--email", "b@example.com"))[0]
+
+
+async def output(server: ServerProcess, *arguments: str) -> list[str]:
+    """What a command that succeeds prints."""
+    await server.launch(*arguments)
+    assert server._process is not None
+    printed, _ = await server._process.communicate()
+    assert server._process.returncode == 0, (printed, await said(server))
+    return printed.decode().splitlines()

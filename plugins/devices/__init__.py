@@ -172,13 +172,14 @@ async def _expire(app: web.Application) -> None:
     await app[METERING].expire()
 
 
-async def _ask_runtime(app: web.Application) -> None:
+async def _ask_runtime(app: web.Application) -> str:
     section = app[CONFIGURATION].section("devices")
     assert isinstance(section, DevicesSection)
-    await asyncio.to_thread(_why_simulated, section)
+    reason = await asyncio.to_thread(_why_simulated, section)
     devices = app.get(DEVICES)  # the doctor has no room
     if devices is not None:
         await devices.runtime.inspect(str(UUID(int=0)))
+    return f"phones are simulated. {reason}"
 
 
 PLUGIN: Final = Plugin(

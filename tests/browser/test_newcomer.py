@@ -172,10 +172,10 @@ async def stops_and_starts_it(page: Page, visitor: Visitor) -> None:
     with visitor.expecting("/screenshot"):
         await actions.get_by_role("button", name="Stop").click()
         await expect(state(page)).to_have_text("Stopped")
-    await expect(page.get_by_text("The phone is stopped. It costs nothing")).to_be_visible()
-    await actions.get_by_role("button", name="Start").click()
-    await expect(state(page)).to_have_text("Running")
-    await expect(page.locator("[data-screen-note]")).to_be_hidden()
+        await expect(page.get_by_text("The phone is stopped. It costs nothing")).to_be_visible()
+        await actions.get_by_role("button", name="Start").click()
+        await expect(state(page)).to_have_text("Running")
+        await expect(page.locator("[data-screen-note]")).to_be_hidden()
     assert {"stopping", "stopped", "starting", "running"} <= set(await page.evaluate("states"))
 
 
