@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp_session.cookie_storage import EncryptedCookieStorage
 
 from server import idempotency
+from server.answers import answer_problems
 from server.api import MAX_JSON_BYTES, endpoint
 from server.auth import PUBLIC_ORIGIN
 from server.clock import Clock, Randomness, SystemClock, SystemRandomness
@@ -27,7 +28,6 @@ from server.db import Database, SecondInstance, answers
 from server.embedded import DataDirLock
 from server.embedded_postgres import EmbeddedPostgres, known_url
 from server.embedded_storage import EmbeddedStorage
-from server.errors import answer_problems
 from server.events import Events
 from server.idempotency import IDEMPOTENCY, Idempotency
 from server.interfaces import (

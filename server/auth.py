@@ -81,6 +81,12 @@ async def authenticate(request: web.Request, access: Access, *, is_socket: bool)
     return caller
 
 
+async def recognise(request: web.Request) -> None:
+    """Note who looks at a page that anybody may see, for its header."""
+    if CALLER not in request:
+        request[CALLER] = await _cookie_caller(request)
+
+
 def _bearer_caller(request: web.Request) -> Caller | None:
     headers = request.headers.getall(hdrs.AUTHORIZATION, [])
     if not headers:

@@ -1,18 +1,15 @@
-"""Problem: how a broken rule is raised, and the one place where it becomes an answer (RFC 9457)."""
+"""Problem: how a broken rule is raised, and what it says to a program (RFC 9457)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from http import HTTPStatus
 from typing import Self
 
 import orjson
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from server.db import DatabaseUnavailable
 from server.i18n import N_, pick_locale, translate
-from server.observe import log, request_id_of
-from server.pages import render
+from server.observe import request_id_of
 from server.storage import StorageUnavailable
 
 
@@ -150,11 +147,6 @@ def as_problem(error: Exception) -> Problem:
             return Problem(Code.INTERNAL)
 
 
-def wants_page(request: web.Request) -> bool:
-    """Whether a person's browser asked for a page, so that its errors are pages too."""
-    return not request.path.startswith("/api/") and "text/html" in request.headers.get("Accept", "")
-
-
 def problem_response(request: web.Request, problem: Problem) -> web.Response:
     """The problem as application/problem+json."""
     document = problem.document(pick_locale(request), request_id_of(request))
@@ -164,37 +156,3 @@ def problem_response(request: web.Request, problem: Problem) -> web.Response:
         content_type="application/problem+json",
         headers=problem.headers(),
     )
-
-
-def _page_response(request: web.Request, problem: Problem) -> web.StreamResponse:
-    if problem.code is Code.NOT_SIGNED_IN and request.method == "GET":
-        raise web.HTTPSeeOther(f"/login?next={request.rel_url.raw_path}")
-    locale = pick_locale(request)
-    context: Mapping[str, object] = {
-        "status": problem.code.status,
-        "title": translate(locale, problem.code.heading),
-        "detail": translate(locale, problem.detail, problem.params),
-        "request_id": request_id_of(request),
-    }
-    response = render(request, "error.html", context, status=problem.code.status)
-    response.headers.update(problem.headers())
-    return response
-
-
-@web.middleware
-async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every exception of a handler into an answer, and log what nobody foresaw once."""
-    try:
-        return await handler(request)
-    except web.HTTPException as answer:
-        if answer.status < HTTPStatus.BAD_REQUEST:
-            raise
-        problem = as_problem(answer)
-        headers = {"Allow": answer.headers["Allow"]} if "Allow" in answer.headers else {}
-    except Exception as error:
-        problem, headers = as_problem(error), {}
-        if problem.code is Code.INTERNAL:
-            log.exception("unforeseen error", extra={"route": request.path})
-    answered = _page_response(request, problem) if wants_page(request) else problem_response(request, problem)
-    answered.headers.update(headers)
-    return answered

@@ -4,8 +4,9 @@ import asyncio
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,8 +110,14 @@ class Client:
 class House:
     """A running server: where it is, and how to call it."""
 
-    def __init__(self, configuration_file: Path, plugins: Sequence[Plugin]) -> None:
+    def __init__(
+        self,
+        configuration_file: Path,
+        plugins: Sequence[Plugin],
+        drop_database: Callable[[], Awaitable[None]],
+    ) -> None:
         self._file = configuration_file
+        self._drop_database = drop_database
         self._plugins = in_order(plugins)
         self._runner: web.AppRunner | None = None
         self.http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
@@ -144,7 +151,7 @@ class House:
             merged.setdefault(name, {}).update(section)
         file = folder / "config.toml"
         file.write_text("".join(f"{name} = {to_toml(section)}\n" for name, section in merged.items()))
-        house = cls(file, plugins)
+        house = cls(file, plugins, partial(servers.drop_database, database_url))
         try:
             await house.start()
         except BaseException:
@@ -186,6 +193,7 @@ class House:
             await self.stop()
         finally:
             await remove_phones(self._file.parent / "data")
+            await self._drop_database()
 
     @property
     def anyone(self) -> Client:

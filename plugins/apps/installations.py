@@ -168,9 +168,10 @@ class Installations:
             await self._tell(tx, row)
 
     async def _tell(self, tx: Tx, row: Record) -> None:
+        # The passing states move the page; only how it ended is worth a word.
         title, body = {
-            "queued": (N_("{package} waits to be installed"), ""),
-            "installing": (N_("{package} is being installed"), ""),
+            "queued": ("", ""),
+            "installing": ("", ""),
             "installed": (N_("{package} is installed"), N_("It is on the phone's home screen now.")),
             "failed": (N_("{package} could not be installed"), row["detail"]),
         }[row["state"]]
