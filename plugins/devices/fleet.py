@@ -15,7 +15,7 @@ from uuid import UUID
 
 from phones.ports import PortAllocator, PortsExhausted
 from phones.runtime import PortTriple
-from plugins.devices.model import NOTHING, Detail, DeviceState, Rented
+from plugins.devices.model import NOTHING, PASSING, Detail, DeviceState, Rented
 from server.db import CommitUnknown, Database, Tx
 from server.errors import Code, Problem
 from server.i18n import N_, SOURCE_LOCALE
@@ -181,7 +181,10 @@ class Fleet:
         )
 
     async def _tell_state(self, tx: Tx, device: Rented) -> None:
-        await self.tell(tx, device, TITLES[device.state], device.detail, state=device.state)
+        # Without words a passing state moves the pages and leaves the inbox alone.
+        is_silent = device.state in PASSING and device.detail == NOTHING
+        title = "" if is_silent else TITLES[device.state]
+        await self.tell(tx, device, title, device.detail, state=device.state)
 
     async def tell(self, tx: Tx, device: Rented, title: str, detail: Detail, *, state: str) -> None:
         """Tell the owner something about a device; `title` is an N_() message with `{name}`."""
