@@ -61,7 +61,15 @@ T = TypeVar("T")
 
 
 class InvalidApk(Exception):
-    """The file is no APK we take; the text is fit for the person who sent it."""
+    """The file is no APK we take; the text is fit for the person who sent it.
+
+    `message` is the text before `params` are put into its `{names}`, so that it can be translated.
+    """
+
+    def __init__(self, message: str, **params: str | int) -> None:
+        super().__init__(message.format_map(params))
+        self.message = message
+        self.params: dict[str, Any] = params
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +113,8 @@ async def inspect(path: Path, *, deadline_s: float = 10.0) -> ApkFacts:
                 answer = await _ask_child(path)
         except TimeoutError:
             raise InvalidApk("the file takes too long to read") from None
-    if "refused" in answer:
-        raise InvalidApk(answer["refused"])
+    if message := answer.get("refused"):
+        raise InvalidApk(message, **answer["params"])
     facts = answer["facts"]
     icon = answer["icon"]
     return ApkFacts(
@@ -170,12 +178,12 @@ def main(path: Path) -> None:
     try:
         answer = _read(path)
     except InvalidApk as refusal:
-        answer = {"refused": str(refusal)}
+        answer = _refused(refusal)
     except MemoryError:
-        answer = {"refused": "reading the file takes too much memory"}
+        answer = _refused(InvalidApk("reading the file takes too much memory"))
     # Parsers of a format without checks raise whatever the damage leads to.
     except Exception:
-        answer = {"refused": "the file is damaged or is not an APK"}
+        answer = _refused(InvalidApk("the file is damaged or is not an APK"))
     json.dump(answer, sys.stdout)
 
 
@@ -189,6 +197,10 @@ def _read(path: Path) -> dict[str, Any]:
     return {"facts": listed, "icon": None if icon is None else base64.b64encode(icon).decode()}
 
 
+def _refused(refusal: InvalidApk) -> dict[str, Any]:
+    return {"refused": refusal.message, "params": refusal.params}
+
+
 def _open_archive(path: Path) -> zipfile.ZipFile:
     """The archive, once its directory has shown itself to be harmless. No member is read for that."""
     _check_end_record(path)
@@ -199,22 +211,22 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(entries) > MAX_ENTRIES:
-        raise InvalidApk(f"the archive holds more than {MAX_ENTRIES} files")
+        raise InvalidApk("the archive holds more than {limit} files", limit=MAX_ENTRIES)
     if any(_leaves_its_folder(entry) for entry in entries):
         raise InvalidApk("the archive holds file names that lead out of it")
     if any(entry.flag_bits & 0x1 for entry in entries):
         raise InvalidApk("the archive is encrypted")
     for single in ("AndroidManifest.xml", "resources.arsc"):
         if names.count(single) > 1:
-            raise InvalidApk(f"the archive holds {single} more than once")
+            raise InvalidApk("the archive holds {name} more than once", name=single)
     if "AndroidManifest.xml" not in names:
         if any(name.endswith(".apk") for name in names):
             raise InvalidApk("this is a bundle of several APKs; send the base APK alone")
         raise InvalidApk("the file is a zip archive, but no APK: it has no AndroidManifest.xml")
     if archive.getinfo("AndroidManifest.xml").file_size > MAX_MANIFEST_BYTES:
-        raise InvalidApk("its AndroidManifest.xml is too large")
+        raise InvalidApk("its {name} is too large", name="AndroidManifest.xml")
     if "resources.arsc" in names and archive.getinfo("resources.arsc").file_size > MAX_RESOURCES_BYTES:
-        raise InvalidApk("its resources.arsc is too large")
+        raise InvalidApk("its {name} is too large", name="resources.arsc")
     return archive
 
 
@@ -230,7 +242,9 @@ def _check_end_record(path: Path) -> None:
     count, directory_bytes = struct.unpack_from("<HI", tail, place + 10)
     # 0xFFFF announces ZIP64, which Android does not read.
     if count > MAX_ENTRIES or directory_bytes > MAX_DIRECTORY_BYTES:
-        raise InvalidApk(f"the archive holds more than {MAX_ENTRIES} files, or their names are too long")
+        raise InvalidApk(
+            "the archive holds more than {limit} files, or their names are too long", limit=MAX_ENTRIES
+        )
 
 
 def _leaves_its_folder(entry: zipfile.ZipInfo) -> bool:
@@ -250,13 +264,13 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     try:
         # bzip2 and LZMA cannot be unpacked in measured pieces, and Android knows neither.
         if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InvalidApk(f"its {name} is packed in a way Android does not know")
+            raise InvalidApk("its {name} is packed in a way Android does not know", name=name)
         with archive.open(name) as file:
             content = file.read(limit + 1)
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError, KeyError):
-        raise InvalidApk(f"the file is damaged: its {name} cannot be unpacked") from None
+        raise InvalidApk("the file is damaged: its {name} cannot be unpacked", name=name) from None
     if len(content) > limit:
-        raise InvalidApk(f"its {name} is too large")
+        raise InvalidApk("its {name} is too large", name=name)
     return content
 
 

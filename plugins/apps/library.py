@@ -227,7 +227,7 @@ async def _facts(spool: Path) -> ApkFacts:
     try:
         facts = await inspect(spool)
     except InvalidApk as error:
-        raise Problem(Code.INVALID_APK, str(error)) from None
+        raise Problem(Code.INVALID_APK, error.message, **error.params) from None
     if facts.split:
         raise Problem(Code.INVALID_APK, REFUSALS["INSTALL_FAILED_MISSING_SPLIT"])
     return facts
