@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from PIL import Image
@@ -36,6 +37,9 @@ _ATTRIBUTE_IDS: Final = {
 _ICON_TYPE, _STRING_TYPE = 1, 2
 _ICON_ID, _LABEL_ID, _VERSION_ID = 0x7F010000, 0x7F020000, 0x7F020001
 _ICON_FILES: Final = {160: ("res/drawable-mdpi/icon.png", 48), 320: ("res/drawable-xhdpi/icon.png", 96)}
+
+SAMPLES = Path(__file__).parent.parent.parent / "shared" / "apks"
+"""Real APKs, where the checkout stands beside some."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from phones import apk
 from phones.apk import ApkFacts, InvalidApk, inspect
 from tests import apks
 
-SAMPLES = Path(os.environ.get("APK_SAMPLES", "/work/shared/apks"))
-
 
 async def facts_of(content: bytes, tmp_path: Path, *, deadline_s: float = 10.0) -> ApkFacts:
     path = tmp_path / "some.apk"
@@ -274,7 +272,7 @@ def children_reading(place: Path) -> list[str]:
     ],
 )
 async def test_real_apks_are_read(name: str, expected: tuple[object, ...]) -> None:
-    path = SAMPLES / f"{name}.apk"
+    path = apks.SAMPLES / f"{name}.apk"
     if not await asyncio.to_thread(path.exists):
         return
     facts = await inspect(path)

@@ -8,12 +8,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.apks import build_apk
+from tests.apks import SAMPLES, build_apk
 from tests.house import PASSWORD, port_ranges
 from tests.process import ServerProcess, free_port, server_process
 from tests.realadb import RealAdb
 
-SHARED_APK = Path(__file__).parent.parent.parent / "shared" / "apks" / "hello-world.apk"
+SHARED_APK = SAMPLES / "hello-world.apk"
 PLAN = {
     "name": "by-the-second",
     "cpus": 1.0,
