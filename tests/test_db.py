@@ -233,10 +233,11 @@ async def test_a_second_instance_is_refused_by_name_and_admitted_after_the_first
 async def test_a_broken_claim_is_taken_again(servers: Servers) -> None:
     database = await Database.open(await servers.new_database())
     await database.claim("pid 1 on box")
+    before = await database.fetchval(CLAIM_HOLDER)
     await database.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pid 1 on box'"
     )
-    await _eventually_answers(database)
+    await _eventually_claims_again(database, before)
     assert not database.claim_lost.is_set()
     with pytest.raises(SecondInstance):
         await (other := await Database.open(_url_of(database))).claim("pid 2 on box")
@@ -454,10 +455,18 @@ def _url_of(database: Database) -> str:
     return database._url
 
 
-async def _eventually_answers(database: Database) -> None:
+CLAIM_HOLDER = """
+    SELECT pid FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'advisory' AND granted AND application_name = 'pid 1 on box'
+"""
+
+
+async def _eventually_claims_again(database: Database, before: int) -> None:
     async with asyncio.timeout(10):
         while True:
-            with contextlib.suppress(DatabaseUnavailable):
-                await database.execute("SELECT 1")
-                return
-            await asyncio.sleep(0.01)
+            try:
+                if await database.fetchval(CLAIM_HOLDER) not in {None, before}:
+                    return
+            except DatabaseUnavailable:
+                pass
+            await asyncio.sleep(0.02)

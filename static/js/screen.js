@@ -4,6 +4,7 @@ import { call } from "./api.js";
 import { text } from "./strings.js";
 
 const AFTER_ACTION_MS = [150, 700, 1600];
+const RETRY_MS = 1500;
 const MOVED_PX = 10;
 const HELD_MS = 450;
 const TYPED_TOGETHER_MS = 80;
@@ -53,7 +54,9 @@ export function startScreen(api) {
       if (before.startsWith("blob:")) URL.revokeObjectURL(before);
       if (state === "running") say("", false);
     } catch {
-      if (state === "running" && picture.src === blank) say(text("screen.unreadable"), false);
+      if (state !== "running" || picture.src !== blank) return;
+      say(text("screen.unreadable"), false);
+      timers.push(setTimeout(refresh, RETRY_MS));
     }
   }
 
