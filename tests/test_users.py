@@ -1,49 +1,20 @@
-"""Accounts and sessions, over HTTP as programs and browsers use them."""
+"""Accounts: registering, signing in, one's own account and administrators, as programs do it."""
 
 import asyncio
-import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-import aiohttp
-import jwt
 import pytest
 
-from plugins import notify, users
-from plugins.users.routes import USERS
+from plugins import users
 from server.clock import SystemRandomness
 from server.db import Database
 from server.errors import Code, Problem
-from server.interfaces import CLOCK, DATABASE, DIRECTORY, RANDOMNESS, SECRET_KEY
-from server.throttle import KEYS_KEPT, Throttle
-from server.tokens import AccessTokens
+from server.interfaces import DATABASE, DIRECTORY, RANDOMNESS, SECRET_KEY
 from tests.conftest import Open
-from tests.house import PASSWORD, Client, House, Reply
-
-PLUGINS = (users.PLUGIN, notify.PLUGIN)
-EMAIL = "ann@example.com"
-
-
-@pytest.fixture
-async def house(open_house: Open) -> House:
-    """A server with accounts and notifications alone."""
-    return await open_house(PLUGINS)
-
-
-def renewed(client: Client, house: House, reply: Reply) -> Client:
-    """The client with the session of an answer."""
-    assert reply.status == 200, reply.body
-    return Client(house, reply.json)
-
-
-async def log_in(house: House, email: str = EMAIL, password: str = PASSWORD) -> Reply:
-    """Try to sign in."""
-    return await house.anyone.post("/auth/login", {"email": email, "password": password})
-
+from tests.house import PASSWORD, Client, House
+from tests.visiting import EMAIL, PLUGINS, browser, log_in
+from tests.visiting import house as house
 
 # Registering
 
@@ -187,175 +158,6 @@ async def test_a_suspended_account_cannot_sign_in(house: House) -> None:
     assert (await log_in(house, password="a wrong password")).status == 401
 
 
-# Tokens
-
-
-async def test_a_session_is_renewed_by_its_refresh_token(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    reply = await house.anyone.post("/auth/refresh", {"refresh_token": ann.session["refresh_token"]})
-    again = renewed(ann, house, reply)
-    assert again.session["refresh_token"] != ann.session["refresh_token"]
-    assert (await again.get("/users/me")).json == ann.user
-    assert (await ann.get("/users/me")).status == 200, "the same session, also by its older access token"
-
-
-async def test_a_spent_refresh_token_ends_the_whole_session(house: House) -> None:
-    ann, other = await house.sign_up(EMAIL), Client(house, (await log_in(house)).json)
-    spent = {"refresh_token": ann.session["refresh_token"]}
-    again = renewed(ann, house, await house.anyone.post("/auth/refresh", spent))
-    stream = await again.socket("/notifications/stream")
-    stolen = await house.anyone.post("/auth/refresh", spent)
-    assert (stolen.status, stolen.code) == (401, "invalid_token")
-    assert (await again.get("/users/me")).status == 401
-    rest = await house.anyone.post("/auth/refresh", {"refresh_token": again.session["refresh_token"]})
-    assert rest.status == 401
-    assert await close_code(stream) == 4401
-    assert (await other.get("/users/me")).status == 200
-
-
-async def test_of_two_renewals_at_once_one_wins_and_both_lose(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    body = {"refresh_token": ann.session["refresh_token"]}
-    replies = await asyncio.gather(*(house.anyone.post("/auth/refresh", body) for _ in range(6)))
-    assert sorted(reply.status for reply in replies) == [200] + [401] * 5
-    assert (await ann.get("/users/me")).status == 401
-
-
-async def test_a_renewal_and_a_sign_out_at_once_leave_no_session(house: House) -> None:
-    for _ in range(10):
-        ann = await house.sign_up()
-        body = {"refresh_token": ann.session["refresh_token"]}
-        replies = await asyncio.gather(house.anyone.post("/auth/refresh", body), ann.post("/auth/logout"))
-        assert {reply.status for reply in replies} <= {200, 204, 401}
-        assert (await ann.get("/users/me")).status == 401
-
-
-async def test_a_renewal_heard_of_after_the_sign_out_opens_nothing(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    sessions = house.app[USERS].sessions
-    prolong = sessions._prolong
-    late: list[Any] = []
-    sessions._prolong = late.append  # type: ignore[method-assign, assignment]
-    reply = await house.anyone.post("/auth/refresh", {"refresh_token": ann.session["refresh_token"]})
-    again = renewed(ann, house, reply)
-    assert (await again.post("/auth/logout")).status == 204
-    for row in late:
-        prolong(row)
-    assert len(late) == 1
-    assert (await again.get("/users/me")).status == 401
-
-
-async def test_a_forged_or_foreign_token_is_refused(house: House) -> None:
-    for token, status in (("", 401), ("nonsense", 401), ("x" * 300, 422)):
-        assert (await house.anyone.post("/auth/refresh", {"refresh_token": token})).status == status
-    ann = await house.sign_up(EMAIL)
-    claims = jwt.decode(ann.token, options={"verify_signature": False})
-    header, payload, signature = ann.token.split(".")
-    forged = [
-        jwt.encode(claims, "another key that is long enough", algorithm="HS256"),
-        jwt.encode(claims, "", algorithm="none"),
-        f"{header}.{payload}.",
-        f"{header}.{payload}.{signature[:-4]}",
-        f"{header}.{payload}.{signature}x",
-        ann.session["refresh_token"],
-        "x" * 5000,
-        "ünsinn",
-    ]
-    for token in forged:
-        reply = await house.anyone.get("/users/me", headers={"Authorization": f"Bearer {token}"})
-        assert (reply.status, reply.code) == (401, "invalid_token"), token
-        assert reply.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
-
-
-@dataclass
-class HeldClock:
-    """Time stands still until it is moved."""
-
-    at: datetime = datetime(2030, 1, 1, tzinfo=UTC)
-
-    def now(self) -> datetime:
-        """Wall time."""
-        return self.at
-
-    def monotonic(self) -> float:
-        """The same in seconds."""
-        return self.at.timestamp()
-
-    async def sleep(self, seconds: float) -> None:
-        """No time passes."""
-
-
-def test_an_access_token_runs_out_also_when_it_was_verified_before() -> None:
-    clock = HeldClock()
-    tokens = AccessTokens("secret", clock, SystemRandomness(), ttl_s=900)
-    session_id = uuid4()
-    used, unused = tokens.issue(uuid4(), session_id), tokens.issue(uuid4(), session_id)
-    clock.at += timedelta(seconds=899)
-    assert tokens.session_of(used) == session_id
-    clock.at += timedelta(seconds=1)
-    assert tokens.session_of(used) is None
-    assert tokens.session_of(unused) is None
-
-
-def test_a_token_of_another_server_or_purpose_is_none_of_ours() -> None:
-    clock, randomness = HeldClock(), SystemRandomness()
-    tokens = AccessTokens("secret", clock, randomness, ttl_s=900)
-    assert (
-        AccessTokens("other", clock, randomness, ttl_s=900).session_of(tokens.issue(uuid4(), uuid4())) is None
-    )
-    claims = jwt.decode(tokens.issue(uuid4(), uuid4()), options={"verify_signature": False})
-    for wrong in ({"aud": "else"}, {"iss": "else"}, {"sid": None}, {"exp": None}):
-        changed = {name: value for name, value in {**claims, **wrong}.items() if value is not None}
-        assert tokens.session_of(jwt.encode(changed, tokens._key, algorithm="HS256")) is None
-
-
-def test_failures_are_forgotten_after_their_window_and_never_without_bound() -> None:
-    clock = HeldClock()
-    throttle = Throttle(clock, limit=2, window_s=60)
-    throttle.count("a")
-    clock.at += timedelta(seconds=10)
-    throttle.count("a")
-    assert throttle.wait_s("a") == 50
-    clock.at += timedelta(seconds=50)
-    assert throttle.wait_s("a") == 0
-    throttle.count("a")
-    assert throttle.wait_s("a") == 10
-    throttle.forget("a")
-    assert throttle.wait_s("a") == 0
-    for number in range(KEYS_KEPT + 10):
-        throttle.count(str(number))
-    assert len(throttle._failures) == KEYS_KEPT
-
-
-async def test_signing_out_needs_to_be_signed_in(house: House) -> None:
-    for method, path in (("POST", "/auth/logout"), ("GET", "/users/me"), ("POST", "/auth/tickets")):
-        reply = await house.anyone.call(method, path)
-        assert (reply.status, reply.code) == (401, "not_signed_in")
-
-
-async def test_sessions_outlive_a_restart_and_ended_ones_do_not(house: House) -> None:
-    ann, gone = await house.sign_up(EMAIL), Client(house, (await log_in(house)).json)
-    await gone.post("/auth/logout")
-    async with browser(house) as visitor:
-        await visitor.log_in()
-        await house.restart()
-        assert (await ann.get("/users/me")).json == ann.user
-        assert (await gone.get("/users/me")).status == 401
-        assert (await visitor.get("/account")).status == 200
-
-
-async def test_a_session_that_ran_out_is_over_everywhere(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    stream = await ann.socket("/notifications/stream")
-    await house.app[DATABASE].execute("UPDATE sessions SET expires_at = now()")
-    await house.app[USERS].sessions.end_expired()
-    assert (await ann.get("/users/me")).status == 401
-    refreshed = await house.anyone.post("/auth/refresh", {"refresh_token": ann.session["refresh_token"]})
-    assert refreshed.status == 401
-    assert await close_code(stream) == 4401
-    assert await house.app[DATABASE].fetchval("SELECT count(*) FROM refresh_tokens") == 0
-
-
 # One's own account
 
 
@@ -374,33 +176,6 @@ async def test_a_name_can_be_changed_and_everything_else_stays(house: House) -> 
         assert (await ann.patch("/users/me", refused)).status == 422
     await house.restart()
     assert (await ann.get("/users/me")).json == changed.json
-
-
-async def test_a_ticket_opens_one_socket_and_nothing_else(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    drawn = await ann.post("/auth/tickets")
-    assert drawn.status == 201
-    assert drawn.json == {"ticket": drawn.json["ticket"], "expires_in": 30}
-    path = f"/notifications/stream?ticket={drawn.json['ticket']}"
-    assert (await house.anyone.get(f"/users/me?ticket={drawn.json['ticket']}")).status == 401
-    stream = await house.anyone.socket(path)
-    assert (await stream.receive_json(timeout=5))["type"] == "hello"
-    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-        await house.anyone.socket(path)
-    assert refused.value.status == 401
-
-
-async def test_a_ticket_ends_with_its_session_or_its_time(house: House) -> None:
-    ann = await house.sign_up(EMAIL)
-    sessions = house.app[USERS].sessions
-    caller = sessions.caller_of_token(ann.token)
-    assert caller is not None
-    late, useless = sessions.draw_ticket(caller), sessions.draw_ticket(caller)
-    sessions._tickets[late.ticket] = (caller.session_id, house.app[CLOCK].monotonic())
-    assert sessions.redeem_ticket(late.ticket) is None
-    await ann.post("/auth/logout")
-    assert sessions.redeem_ticket(useless.ticket) is None
-    assert sessions.redeem_ticket("never drawn") is None
 
 
 # Administrators
@@ -444,156 +219,7 @@ async def test_create_admin_says_what_is_wrong(database: Database) -> None:
     assert await database.fetchval("SELECT count(*) FROM users") == 0
 
 
-# In a browser
-
-
-@dataclass(frozen=True)
-class PageReply:
-    """A page, or where it sends the browser."""
-
-    status: int
-    location: str
-    text: str
-
-    @property
-    def csrf_token(self) -> str:
-        """What its forms carry."""
-        found = re.search(r'name="csrf_token" value="([^"]*)"', self.text)
-        assert found, self.text
-        return found[1]
-
-
-class Visitor:
-    """A browser: keeps cookies, says which site its page is from, follows no redirect by itself."""
-
-    def __init__(self, house: House, http: aiohttp.ClientSession) -> None:
-        self._house = house
-        self.http = http
-
-    async def get(self, path: str) -> PageReply:
-        """Open a page."""
-        return await self._ask("GET", path, {}, None)
-
-    async def post(self, path: str, origin: str | None = None, **fields: str) -> PageReply:
-        """Send a form."""
-        return await self._ask("POST", path, {"Origin": origin or self._house.url}, fields)
-
-    async def log_in(self, email: str = EMAIL) -> PageReply:
-        """Sign in by the form."""
-        return await self.post("/login", email=email, password=PASSWORD)
-
-    async def _ask(
-        self, method: str, path: str, headers: dict[str, str], form: dict[str, str] | None
-    ) -> PageReply:
-        async with self.http.request(
-            method,
-            self._house.url + path,
-            headers={"Accept": "text/html", **headers},
-            data=form,
-            allow_redirects=False,
-        ) as reply:
-            return PageReply(reply.status, reply.headers.get("Location", ""), await reply.text())
-
-
-@asynccontextmanager
-async def browser(house: House) -> AsyncIterator[Visitor]:
-    """A browser of its own for a while."""
-    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as http:
-        yield Visitor(house, http)
-
-
-@pytest.fixture
-async def visitor(house: House) -> AsyncIterator[Visitor]:
-    """A browser nobody is signed in with; Ann has an account."""
-    await house.sign_up(EMAIL)
-    async with browser(house) as opened:
-        yield opened
-
-
-async def test_a_person_signs_up_looks_around_and_signs_out(house: House) -> None:
-    async with browser(house) as visitor:
-        assert 'href="/signup"' in (await visitor.get("/")).text
-        assert 'action="/signup"' in (await visitor.get("/signup")).text
-        joined = await visitor.post("/signup", email=EMAIL, password=PASSWORD, display_name="Ann <b>")
-        assert (joined.status, joined.location) == (303, "/devices")
-        home = await visitor.get("/")
-        assert "Hello, Ann &lt;b&gt;" in home.text
-        assert "Welcome to Cloudphone" in home.text
-        for form in ("/login", "/signup"):
-            assert (await visitor.get(form)).location == "/devices"
-        account = await visitor.get("/account")
-        assert EMAIL in account.text
-        assert "This one" in account.text
-        left = await visitor.post("/logout", csrf_token=home.csrf_token)
-        assert (left.status, left.location) == (303, "/")
-        assert (await visitor.get("/account")).location == "/login?next=/account"
-
-
-async def test_a_form_that_does_not_fit_says_so_where_it_does_not(visitor: Visitor) -> None:
-    wrong = await visitor.post("/signup", email="nonsense", password="short", display_name="Ann")
-    assert wrong.status == 422
-    assert "This is not an e-mail address." in wrong.text
-    assert "At least 10 characters, please." in wrong.text
-    assert 'value="Ann"' in wrong.text
-    assert "short" not in wrong.text.replace("shortly", "")
-    taken = await visitor.post("/signup", email=EMAIL, password=PASSWORD, display_name="")
-    assert taken.status == 409
-    refused = await visitor.post("/login", email=EMAIL, password="a wrong password", next="/apps")
-    assert refused.status == 401
-    assert "E-mail or password is wrong" in refused.text
-    assert 'name="next" value="/apps"' in refused.text
-
-
-async def test_signing_in_goes_on_to_a_page_of_this_site_only(house: House, visitor: Visitor) -> None:
-    for wanted in ("/apps?x=1", "//evil.example", "https://evil.example", "/\\evil.example", ""):
-        local = wanted if wanted == "/apps?x=1" else ""
-        async with browser(house) as other:
-            shown = await other.get(f"/login?next={wanted}")
-            assert f'name="next" value="{local}"' in shown.text
-            entered = await other.post("/login", email=EMAIL, password=PASSWORD, next=wanted)
-            assert (entered.status, entered.location) == (303, local or "/devices")
-
-
-async def test_signing_in_again_ends_the_session_before(house: House, visitor: Visitor) -> None:
-    await visitor.log_in()
-    first = {cookie.key: cookie.value for cookie in visitor.http.cookie_jar}
-    token = (await visitor.get("/account")).csrf_token
-    await visitor.post("/login", email=EMAIL, password=PASSWORD, csrf_token=token)
-    assert (await visitor.get("/account")).status == 200
-    async with house.http.get(f"{house.url}/api/v1/users/me", cookies=first) as reply:
-        assert reply.status == 401
-
-
-async def test_a_cookie_changes_nothing_without_the_pages_token(house: House, visitor: Visitor) -> None:
-    await visitor.log_in()
-    token = (await visitor.get("/account")).csrf_token
-
-    async def rename(**headers: str) -> int:
-        url = f"{house.url}/api/v1/users/me"
-        async with visitor.http.patch(url, json={"display_name": "x"}, headers=headers) as reply:
-            return reply.status
-
-    assert await rename() == 403
-    assert await rename(**{"X-CSRF-Token": "guessed"}) == 403
-    assert await rename(**{"X-CSRF-Token": token, "Origin": "https://evil.example"}) == 403
-    assert await rename(**{"X-CSRF-Token": token, "Origin": "null"}) == 403
-    assert await rename(**{"X-CSRF-Token": token, "Origin": house.url}) == 200
-    assert (await visitor.post("/logout")).status == 403
-    assert (await visitor.post("/logout", origin="https://evil.example", csrf_token=token)).status == 403
-    assert (await visitor.get("/account")).status == 200
-
-
-async def test_another_site_cannot_sign_a_browser_in(visitor: Visitor) -> None:
-    tricked = await visitor.post("/login", origin="https://evil.example", email=EMAIL, password=PASSWORD)
-    assert tricked.status == 403
-    assert (await visitor.get("/account")).status == 303
-
-
-async def test_a_cookie_and_a_token_of_two_people_are_refused(house: House, visitor: Visitor) -> None:
-    await visitor.log_in()
-    bob = await house.sign_up()
-    async with visitor.http.get(f"{house.url}/api/v1/users/me", headers=bob.headers) as reply:
-        assert (reply.status, (await reply.json())["code"]) == (400, "ambiguous_credentials")
+# What is kept
 
 
 async def test_no_secret_is_kept_as_it_is(house: House) -> None:
@@ -605,10 +231,3 @@ async def test_no_secret_is_kept_as_it_is(house: House) -> None:
     assert "$argon2id$" in kept
     for secret in (PASSWORD, ann.token, ann.session["refresh_token"], house.app[SECRET_KEY]):
         assert secret not in kept
-
-
-async def close_code(stream: aiohttp.ClientWebSocketResponse[Any]) -> object:
-    """How the server closed a stream, whatever it had sent before."""
-    while (message := await stream.receive(timeout=5)).type is aiohttp.WSMsgType.TEXT:
-        pass
-    return message.data
