@@ -439,7 +439,7 @@ class _Apk:
         bitmaps = [
             bitmap
             for name in sorted(files)[:MAX_ICON_CANDIDATES]
-            if (bitmap := _or_none(lambda name=name: self._open_bitmap(name))) is not None  # type: ignore[misc]
+            if (bitmap := _or_none(lambda name=name: self._open_bitmap(name))) is not None  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         ]
         return max(bitmaps, key=lambda bitmap: int(bitmap.width), default=None)
 

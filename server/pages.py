@@ -184,7 +184,7 @@ async def _load(app: web.Application) -> AsyncIterator[None]:
 
 def _speak(environment: jinja2.Environment, locale: str) -> None:
     """One environment a language: macros and filters then need not be told which."""
-    environment.install_gettext_callables(  # type: ignore[attr-defined]
+    environment.install_gettext_callables(  # type: ignore[attr-defined]  # the i18n extension adds it at run time
         partial(i18n.translate, locale), partial(i18n.plural_form, locale), newstyle=True
     )
     environment.globals["locales"] = i18n.LOCALES

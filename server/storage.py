@@ -182,7 +182,7 @@ class Storage:
                     else:
                         await self._client.create_bucket(
                             Bucket=self._bucket,
-                            CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
+                            CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]  # the stubs list regions
                         )
                 except ClientError as error:
                     if _code(error) != "BucketAlreadyOwnedByYou":
@@ -237,7 +237,7 @@ class Storage:
         with _translated(key):
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
-                    answer = await self._client.get_object(Bucket=self._bucket, Key=key, **wanted)  # type: ignore[arg-type]
+                    answer = await self._client.get_object(Bucket=self._bucket, Key=key, **wanted)  # type: ignore[arg-type]  # Range or nothing
             except ClientError as error:
                 if _code(error) == "InvalidRange":
                     raise ValueError(f"{key} has no byte {start}") from error
@@ -294,7 +294,7 @@ class Storage:
                         Bucket=self._bucket,
                         Prefix=prefix,
                         MaxKeys=PAGE_KEYS,
-                        **resume,  # type: ignore[arg-type]
+                        **resume,  # type: ignore[arg-type]  # a token or nothing
                     )
             for entry in page.get("Contents", []):
                 yield StoredObject(entry["Key"], entry["Size"], entry["LastModified"])
@@ -416,7 +416,7 @@ class _Upload:
                     Bucket=self._bucket,
                     Key=self._key,
                     UploadId=self._id,
-                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
+                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]  # dicts of the stubs' shape
                 )
 
 

@@ -98,7 +98,7 @@ class TestPhone(Phone):
 
 async def open_phone(directory: Path, **model: int | str) -> TestPhone:
     """A phone that keeps its things in `directory`, where an earlier one may have lived."""
-    phone = TestPhone(directory, Model(PHONE_ID, "Test phone", **model), StoodStill())  # type: ignore[arg-type]
+    phone = TestPhone(directory, Model(PHONE_ID, "Test phone", **model), StoodStill())  # type: ignore[arg-type]  # named by the test
     await phone.open()
     return phone
 

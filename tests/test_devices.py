@@ -219,7 +219,7 @@ async def test_a_quota_holds_under_concurrency(open_house: Open) -> None:
 
 
 async def test_foreign_ports_are_skipped_and_the_last_ones_run_out(open_house: Open) -> None:
-    first = int(port_ranges()["adb_ports"][0])  # type: ignore[index]
+    first = int(port_ranges()["adb_ports"][0])  # type: ignore[index]  # a pair, kept as object
     ranges = {"adb_ports": [first, first + 1], "webrtc_ports": [first + 2, first + 3]}
     with closing(socket.create_server(("127.0.0.1", first))):
         house = await open_house(devices={**ranges, "scrcpy_ports": [first + 4, first + 9]})

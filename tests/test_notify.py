@@ -285,9 +285,9 @@ async def test_a_doorbell_that_never_rang_loses_nothing(house: House, ann: Clien
     stream = await ann.socket("/notifications/stream")
     assert (await stream.receive_json(timeout=5))["last_id"] == 1
     room = house.app[NOTIFICATIONS]
-    deliver, room._deliver = room._deliver, lambda rows: None  # type: ignore[method-assign]
+    deliver, room._deliver = room._deliver, lambda rows: None  # type: ignore[method-assign]  # a doorbell that does not ring
     await tell(house, ann, "committed, and nobody heard")
-    room._deliver = deliver  # type: ignore[method-assign]
+    room._deliver = deliver  # type: ignore[method-assign]  # rings again
     await tell(house, ann, "heard")
     assert [frame["id"] for frame in await read_until(stream, 3)] == [2, 3]
 
@@ -297,7 +297,7 @@ async def test_doorbells_that_ring_in_another_order_change_nothing(house: House,
     assert (await stream.receive_json(timeout=5))["last_id"] == 1
     room = house.app[NOTIFICATIONS]
     rung: list[Any] = []
-    deliver, room._deliver = room._deliver, rung.append  # type: ignore[method-assign, assignment]
+    deliver, room._deliver = room._deliver, rung.append  # type: ignore[method-assign, assignment]  # rung later, out of order
     for title in ("<two>", "<three>"):
         await tell(house, ann, title)
     for rows in reversed(rung):

@@ -54,7 +54,7 @@ class opened:
     """A runtime of stand-in phones, open within an `async with`."""
 
     def __init__(self, data_dir: Path, **options: float) -> None:
-        self._runtime = SimulatedRuntime(data_dir, module="tests.standin_phone", **options)  # type: ignore[arg-type]
+        self._runtime = SimulatedRuntime(data_dir, module="tests.standin_phone", **options)  # type: ignore[arg-type]  # the constructor's own options
 
     async def __aenter__(self) -> SimulatedRuntime:
         await self._runtime.open()
@@ -102,7 +102,7 @@ def new_spec(name: str = "phone", **changes: object) -> PhoneSpec:
         id=str(uuid.uuid4()), name=name, image_kind="simulated", image_reference="", android_version="12",
         cpus=1.0, memory_mb=512, width=720, height=1280, dpi=320, bind_address=LOOPBACK, ports=ports,
     )  # fmt: skip
-    return replace(spec, **changes)  # type: ignore[arg-type]
+    return replace(spec, **changes)  # type: ignore[arg-type]  # named by the test
 
 
 def answers(spec: PhoneSpec) -> bool:

@@ -81,7 +81,7 @@ async def test_a_renewal_heard_of_after_the_sign_out_opens_nothing(house: House)
     sessions = house.app[USERS].sessions
     prolong = sessions._prolong
     late: list[Any] = []
-    sessions._prolong = late.append  # type: ignore[method-assign, assignment]
+    sessions._prolong = late.append  # type: ignore[method-assign, assignment]  # held back, to come late
     reply = await house.anyone.post("/auth/refresh", {"refresh_token": ann.session["refresh_token"]})
     again = renewed(ann, house, reply)
     assert (await again.post("/auth/logout")).status == 204

@@ -385,7 +385,7 @@ async def test_a_peer_that_asks_and_never_reads_is_dropped() -> None:
     async with device() as port:
         wire = await Wire.connect(port)
         await wire.greet()
-        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport too
         unknown = packet_header(Command.OKAY, 5, 99, b"", checksum=False) * 40_000
         with pytest.raises(ConnectionError):
             async with asyncio.timeout(20):

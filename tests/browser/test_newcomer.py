@@ -319,7 +319,7 @@ async def fits_a_phone(page: Page, url: str, *addresses: str) -> None:
     """No page is wider than a phone, in either language."""
     desk = page.viewport_size
     assert desk is not None
-    await page.set_viewport_size(NARROW)  # type: ignore[arg-type]
+    await page.set_viewport_size(NARROW)  # type: ignore[arg-type]  # a dict of its shape
     for other in ("中文", "English"):
         for address in addresses:
             await page.goto(address if address.startswith("http") else url + address)
