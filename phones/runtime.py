@@ -7,10 +7,14 @@ and calls again after a crash, so every operation here may be repeated.
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 RuntimeName = Literal["docker", "simulated"]
+
+LOCAL_NODE: Final = "local"
+"""The one machine there is today; whatever names a phone's place names its node beside it."""
 
 
 class RuntimeFault(Exception):
@@ -40,7 +44,10 @@ class PortTriple:
 
 @dataclass(frozen=True, slots=True)
 class PhoneSpec:
-    """All a runtime needs to know to make a phone. `id` is a UUID and names it for ever."""
+    """All a runtime needs to know to make a phone. `id` is a UUID and names it for ever.
+
+    `inner_ports` are those on which the phone itself listens; 0 is one that its image does not have.
+    """
 
     id: str
     name: str
@@ -54,6 +61,12 @@ class PhoneSpec:
     dpi: int
     bind_address: str
     ports: PortTriple
+    node: str = LOCAL_NODE
+    inner_ports: PortTriple = PortTriple(adb=5555, webrtc=0, scrcpy=0)
+    fps: int = 30
+    gpu_mode: str = "guest"
+    pids_limit: int = 4096
+    log_mb: int = 10
 
 
 class PhoneStatus(StrEnum):
@@ -65,11 +78,24 @@ class PhoneStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FoundPhone:
-    """A phone the machine has, whoever remembers it. `ports` is None where it is stopped."""
+    """A phone the machine has, whoever remembers it.
+
+    `ports` is None where it is stopped. `run` names its present run where the machine tells runs apart: a
+    phone that ended and came up again by itself has another. `place` is the machine's own name for it, and
+    `is_stray` says that it stands where no phone of this id should. `is_altered` says that somebody changed
+    its limits.
+    """
 
     id: str
     status: PhoneStatus
     ports: PortTriple | None
+    node: str = LOCAL_NODE
+    place: str = ""
+    run: str | None = None
+    created_at: datetime | None = None
+    is_stray: bool = False
+    is_altered: bool = False
+    has_restarted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +115,28 @@ class Runtime(Protocol):
     name: RuntimeName
 
     async def open(self) -> None:
-        """Get ready and adopt the phones that outlived the last process."""
+        """Get ready and adopt the phones that outlived the last process; no error where the machine is away."""
 
     async def close(self) -> None:
         """Let go of everything held here. Phones keep running."""
 
+    async def check(self) -> None:
+        """Raises RuntimeUnavailable, within 3 s, where the machine does not answer."""
+
+    def warnings(self) -> list[str]:
+        """What the machine's administrator has to know, a sentence each; nothing where all is well."""
+
+    def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
+        """Bring the phone's image to the machine; yields the percentage that is there, from time to time.
+
+        Yields nothing where it is there already. Raises RuntimeFault where it cannot be had.
+        """
+
     async def create(self, spec: PhoneSpec) -> None:
-        """Make the phone's storage and whatever else must stand before `start`; repeatable."""
+        """Make the phone's storage and whatever else must stand before `start`; repeatable.
+
+        Raises RuntimeFault where its data was made by a newer Android.
+        """
 
     async def start(self, spec: PhoneSpec) -> None:
         """Bring the phone up on `spec.ports`; a running one is left as it is.
@@ -113,8 +154,17 @@ class Runtime(Protocol):
     async def remove(self, phone_id: str) -> None:
         """Bring the phone down and forget it with its data; an unknown one is no error."""
 
+    async def discard(self, found: FoundPhone) -> None:
+        """Take one phone off the machine that nobody remembers, and leave its data."""
+
+    async def limit(self, spec: PhoneSpec) -> None:
+        """Set a running phone's limits again as the spec has them."""
+
     async def inspect(self, phone_id: str) -> FoundPhone | None:
         """What the machine has under this id."""
+
+    async def log(self, phone_id: str, lines: int) -> list[str]:
+        """The last lines that the phone's program or container printed, the oldest first."""
 
     async def list(self) -> list[FoundPhone]:
         """Every phone of this installation, running or not."""
@@ -122,5 +172,8 @@ class Runtime(Protocol):
     async def stats(self, phone_id: str) -> PhoneStats:
         """What a running phone uses now. Raises RuntimeFault when it does not run."""
 
-    def events(self) -> AsyncIterator[FoundPhone]:
-        """Phones whose status changed by themselves, as it happens; ends when closed."""
+    def events(self) -> AsyncIterator[str | None]:
+        """Ids of phones to which something happened, as it happens; ends when closed.
+
+        None says that the machine is back after it was away, and that anything may have happened.
+        """

@@ -18,7 +18,7 @@ SOURCES = [path for room in ("server", "phones", "plugins") for path in sorted((
 DOORS = {
     "asyncpg": {"server/pg.py"},
     "aioboto3": {"server/storage.py"},
-    "aiodocker": {"phones/docker.py"},
+    "aiodocker": {"phones/engine.py"},
     "pyaxmlparser": {"phones/apk.py"},
 }
 
