@@ -195,7 +195,9 @@ class Engine:
     async def logs(self, name: str, lines: int) -> list[str]:
         """The last lines a container printed."""
         async with _asking("read the container's log", ASK_DEADLINE_S):
-            printed = await self._client().containers.container(name).log(stdout=True, stderr=True, tail=lines)
+            printed = (
+                await self._client().containers.container(name).log(stdout=True, stderr=True, tail=lines)
+            )
         return "".join(printed).splitlines()
 
     async def stats(self, name: str) -> AsyncIterator[dict[str, Any]]:
@@ -237,7 +239,9 @@ class Engine:
                 layers[step["id"]] = (size["current"], size["total"])
             elif step.get("status") in {"Download complete", "Pull complete"} and step.get("id") in layers:
                 layers[step["id"]] = (layers[step["id"]][1],) * 2
-            there, whole = (sum(column) for column in zip(*layers.values(), strict=True)) if layers else (0, 0)
+            there, whole = (
+                (sum(column) for column in zip(*layers.values(), strict=True)) if layers else (0, 0)
+            )
             if whole and 100 * there // whole > percent:
                 percent = 100 * there // whole
                 yield percent

@@ -115,7 +115,7 @@ class Runtime(Protocol):
     name: RuntimeName
 
     async def open(self) -> None:
-        """Get ready and adopt the phones that outlived the last process; no error where the machine is away."""
+        """Get ready and adopt the phones that outlived the last process. A machine may be away."""
 
     async def close(self) -> None:
         """Let go of everything held here. Phones keep running."""

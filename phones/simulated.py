@@ -22,7 +22,8 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
@@ -46,6 +47,7 @@ _ROOT: Final = Path(__file__).resolve().parent.parent
 _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "TZ")
 _LOG_LIMIT: Final = 1 << 20
 _TRASH: Final = ".trash-"
+_LOST: Final = "lost-"
 _POLL_S: Final = 0.03
 _KILL_DEADLINE_S: Final = 10.0
 _ADOPTION_DEADLINE_S: Final = 3.0
@@ -96,7 +98,7 @@ class SimulatedRuntime:
         self._phones: dict[str, _Phone] = {}
         # Each guards one phone's process and directory.
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._listeners: set[asyncio.Queue[FoundPhone | None]] = set()
+        self._listeners: set[asyncio.Queue[str | None]] = set()
 
     async def open(self) -> None:
         """Adopt the phones that run; one that does not answer on its port is killed."""
@@ -117,6 +119,18 @@ class SimulatedRuntime:
         self._phones.clear()
         for listener in self._listeners:
             listener.put_nowait(None)
+
+    async def check(self) -> None:
+        """Nothing to ask: this machine is here."""
+
+    def warnings(self) -> list[str]:
+        """Nothing: simulated phones run nobody's code."""
+        return []
+
+    async def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
+        """Nothing to fetch: the simulated phone comes with this program."""
+        return
+        yield 0  # what makes this an iterator
 
     async def create(self, spec: PhoneSpec) -> None:
         """Make the phone's directory, unless it is there."""
@@ -149,6 +163,19 @@ class SimulatedRuntime:
             await self._stop(phone_id)
             await self._on_disk(self._delete_directory, phone_id)
 
+    async def discard(self, found: FoundPhone) -> None:
+        """End the phone's process; its directory is moved aside, so that nobody takes it for a phone."""
+        async with self._lock(found.id):
+            await self._stop(found.id)
+            await self._on_disk(self._set_aside, found.id)
+
+    async def limit(self, spec: PhoneSpec) -> None:
+        """Nothing: a process here has no limits that somebody could change."""
+
+    async def log(self, phone_id: str, lines: int) -> list[str]:
+        """What the phone's process printed last."""
+        return await self._on_disk(_last_lines, self._log(phone_id), lines)
+
     async def inspect(self, phone_id: str) -> FoundPhone | None:
         """What is known here of this phone."""
         phone = self._phones.get(phone_id)
@@ -160,10 +187,10 @@ class SimulatedRuntime:
     async def list(self) -> list[FoundPhone]:
         """Every phone that has a directory or a process here; processes not known yet are adopted."""
         await self._adopt()
-        directories = await self._on_disk(self._look_through_directories)
+        made_at = await self._on_disk(self._look_through_directories)
         running = {phone.id: phone.found() for phone in self._phones.values()}
-        stopped = [FoundPhone(name, PhoneStatus.STOPPED, None) for name in directories if name not in running]
-        return [*running.values(), *stopped]
+        stopped = [FoundPhone(name, PhoneStatus.STOPPED, None) for name in made_at if name not in running]
+        return [replace(phone, created_at=made_at.get(phone.id)) for phone in (*running.values(), *stopped)]
 
     async def stats(self, phone_id: str) -> PhoneStats:
         """CPU since the last call, or since the start on the first; 100 percent is one whole core.
@@ -185,13 +212,13 @@ class SimulatedRuntime:
             tx_bytes=0,
         )
 
-    def events(self) -> AsyncIterator[FoundPhone]:
+    def events(self) -> AsyncIterator[str | None]:
         """Phones that ended by themselves from this call on; ends when the runtime is closed."""
-        listener: asyncio.Queue[FoundPhone | None] = asyncio.Queue()
+        listener: asyncio.Queue[str | None] = asyncio.Queue()
         self._listeners.add(listener)
         return self._listen(listener)
 
-    async def _listen(self, listener: asyncio.Queue[FoundPhone | None]) -> AsyncIterator[FoundPhone]:
+    async def _listen(self, listener: asyncio.Queue[str | None]) -> AsyncIterator[str]:
         try:
             while (event := await listener.get()) is not None:
                 yield event
@@ -267,15 +294,15 @@ class SimulatedRuntime:
         if phone.settled:
             log.warning("phone %s ended by itself", phone.id)
             for listener in self._listeners:
-                listener.put_nowait(FoundPhone(phone.id, PhoneStatus.STOPPED, None))
+                listener.put_nowait(phone.id)
 
     async def _why_it_ended(self, spec: PhoneSpec) -> RuntimeFault:
         """What to say of a phone whose process ended before it listened."""
         for port in astuple(spec.ports):
             if not port_is_free(spec.bind_address, port):
                 return PortTaken(port)
-        last_words = await asyncio.to_thread(_last_line, self._log(spec.id))
-        log.error("phone %s ended while starting: %s", spec.id, last_words)
+        last_words = await asyncio.to_thread(_last_lines, self._log(spec.id), 1)
+        log.error("phone %s ended while starting: %s", spec.id, "".join(last_words))
         return RuntimeFault("the phone's program ended while it was starting")
 
     async def _stop(self, phone_id: str) -> None:
@@ -380,12 +407,15 @@ class SimulatedRuntime:
         for trash in self._dir.glob(f"{_TRASH}*"):
             shutil.rmtree(trash)
 
-    def _look_through_directories(self) -> Sequence[str]:
-        """The ids of all phones that have a directory; cuts their logs on the way."""
-        names = [entry.name for entry in self._dir.iterdir() if _is_uuid(entry.name)]
-        for name in names:
-            _cut_log(self._log(name))
-        return names
+    def _look_through_directories(self) -> dict[str, datetime]:
+        """When each phone that has a directory was made or last wiped; cuts their logs on the way."""
+        made_at: dict[str, datetime] = {}
+        for entry in self._dir.iterdir():
+            if _is_uuid(entry.name):
+                with suppress(FileNotFoundError):
+                    made_at[entry.name] = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
+                    _cut_log(self._log(entry.name))
+        return made_at
 
     def _make_directory(self, spec: PhoneSpec) -> None:
         self._place(spec.id).mkdir(mode=0o700, exist_ok=True)
@@ -412,6 +442,10 @@ class SimulatedRuntime:
             self._place(phone_id).rename(trash)
             shutil.rmtree(trash)
 
+    def _set_aside(self, phone_id: str) -> None:
+        with suppress(FileNotFoundError):
+            self._place(phone_id).rename(self._dir / f"{_LOST}{phone_id}-{uuid.uuid4()}")
+
     def _write_spec(self, spec: PhoneSpec) -> None:
         written = self._place(spec.id) / "spec.json.new"
         written.write_text(json.dumps(asdict(spec), indent=1))
@@ -420,7 +454,9 @@ class SimulatedRuntime:
     def _read_spec(self, phone_id: str) -> PhoneSpec | None:
         try:
             fields = json.loads((self._place(phone_id) / "spec.json").read_text())
-            return PhoneSpec(**{**fields, "ports": PortTriple(**fields["ports"])})
+            for name in ("ports", "inner_ports"):
+                fields[name] = PortTriple(**fields[name])
+            return PhoneSpec(**fields)
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -456,11 +492,11 @@ def _cut_log(path: Path) -> None:
             os.truncate(path, 0)
 
 
-def _last_line(path: Path) -> str:
+def _last_lines(path: Path, count: int) -> list[str]:
     with suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1000))
-        return file.read().decode(errors="replace").strip().rpartition("\n")[2]
-    return ""
+        file.seek(max(0, path.stat().st_size - 1000 * count))
+        return file.read().decode(errors="replace").strip().splitlines()[-count:]
+    return []
 
 
 def _is_uuid(text: str) -> bool:

@@ -22,9 +22,6 @@ from server.i18n import N_, SOURCE_LOCALE
 from server.interfaces import Notifier, Topic
 from server.locks import KeyedLocks
 
-NODE: Final = "local"
-"""The machine that ports belong to; phones run on this one alone."""
-
 TITLES: Final = {
     DeviceState.CREATING: N_("{name} is being made"),
     DeviceState.STARTING: N_("{name} is starting"),
@@ -112,8 +109,8 @@ class Fleet:
         row = await tx.fetchrow(
             """
             INSERT INTO devices
-                (id, owner_id, name, image, plan, price_per_hour, hardware, state, wanted_state)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                (id, owner_id, name, image, plan, price_per_hour, hardware, state, wanted_state, node)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
             RETURNING created_at, updated_at
             """,
             device.id,
@@ -125,6 +122,7 @@ class Fleet:
             asdict(device.hardware),
             device.state,
             device.wanted,
+            device.node,
         )
         assert row is not None
         await self._write_ports(tx, device)
@@ -140,7 +138,7 @@ class Fleet:
             """
             UPDATE devices SET name = $2, state = $3, detail = $4, detail_params = $5, wanted_state = $6,
                 generation = $7, started_at = $8, metered_until = $9, charge_remainder = $10, warned = $11,
-                spent_at = $12, revived_at = $13, updated_at = now()
+                spent_at = $12, revived_at = $13, run = $14, updated_at = now()
             WHERE id = $1 RETURNING updated_at
             """,
             device.id,
@@ -156,6 +154,7 @@ class Fleet:
             device.warned,
             device.spent_at,
             device.revived_at,
+            device.run,
         )
         if device.ports != before.ports:
             await tx.execute("DELETE FROM device_ports WHERE device_id = $1", device.id)
@@ -177,7 +176,7 @@ class Fleet:
         roles = asdict(device.ports) if device.ports else {}
         await tx.executemany(
             "INSERT INTO device_ports (node, port, role, device_id) VALUES ($1, $2, $3, $4)",
-            [(NODE, port, role, device.id) for role, port in roles.items()],
+            [(device.node, port, role, device.id) for role, port in roles.items()],
         )
 
     async def _tell_state(self, tx: Tx, device: Rented) -> None:
@@ -238,7 +237,7 @@ class Fleet:
             """
             SELECT id, owner_id, name, image, plan, price_per_hour, hardware, state, detail, detail_params,
                 wanted_state, generation, created_at, updated_at, started_at, metered_until,
-                charge_remainder, warned, spent_at, revived_at
+                charge_remainder, warned, spent_at, revived_at, node, run
             FROM devices WHERE $1::uuid IS NULL OR id = $1
             """,
             device_id,

@@ -10,7 +10,7 @@ from uuid import UUID
 from pydantic import AfterValidator, Field, RootModel, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from phones.runtime import PhoneSpec, PortTriple, RuntimeName
+from phones.runtime import LOCAL_NODE, PhoneSpec, PortTriple, RuntimeName
 from plugins.devices.section import ImageSection, PlanSection
 from server.api import Incoming, Moment, Outgoing, PageQuery
 from server.db import Record
@@ -44,7 +44,10 @@ PASSING: Final = COMING_UP | {DeviceState.STOPPING, DeviceState.RESETTING, Devic
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a device is made of: its image and plan as they were when it was rented."""
+    """What a device is made of: its image and plan as they were when it was rented.
+
+    What has a default came later than the oldest rows.
+    """
 
     image_kind: Literal["redroid", "simulated"]
     image_reference: str
@@ -54,6 +57,13 @@ class Hardware:
     width: int
     height: int
     dpi: int
+    inner_adb_port: int = 5555
+    inner_webrtc_port: int = 0
+    inner_scrcpy_port: int = 0
+    fps: int = 30
+    gpu_mode: str = "guest"
+    pids_limit: int = 4096
+    log_mb: int = 10
 
     @classmethod
     def chosen(cls, image: ImageSection, plan: PlanSection) -> Self:
@@ -67,6 +77,13 @@ class Hardware:
             width=plan.width,
             height=plan.height,
             dpi=plan.dpi,
+            inner_adb_port=image.adb_port,
+            inner_webrtc_port=image.webrtc_port,
+            inner_scrcpy_port=image.scrcpy_port,
+            fps=image.fps,
+            gpu_mode=image.gpu_mode,
+            pids_limit=plan.pids_limit,
+            log_mb=plan.log_mb,
         )
 
 
@@ -88,7 +105,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Rented:
-    """A device's row. `generation` rises with each intent; `ports` are held until the phone is gone."""
+    """A device's row. `generation` rises with each intent; `ports` are held until the phone is gone.
+
+    `run` is the machine's name for the run in which the phone came up: another one began by itself.
+    """
 
     id: UUID
     owner_id: UUID
@@ -109,6 +129,8 @@ class Rented:
     warned: bool = False
     spent_at: datetime | None = None
     revived_at: datetime | None = None
+    node: str = LOCAL_NODE
+    run: str | None = None
     ports: PortTriple | None = None
     shown: "dict[str, Device]" = field(default_factory=dict, compare=False, repr=False)
 
@@ -139,12 +161,16 @@ class Rented:
     def spec(self, bind_address: str) -> PhoneSpec:
         """What the runtime needs to know."""
         assert self.ports is not None
+        made_of = asdict(self.hardware)
+        inner = {role: made_of.pop(f"inner_{role}_port") for role in ("adb", "webrtc", "scrcpy")}
         return PhoneSpec(
             id=str(self.id),
             name=self.name,
             bind_address=bind_address,
             ports=self.ports,
-            **asdict(self.hardware),
+            node=self.node,
+            inner_ports=PortTriple(**inner),
+            **made_of,
         )
 
 
@@ -173,26 +199,35 @@ class Device(Outgoing):
     updated_at: Moment
 
 
-def show(device: Rented, runtime: RuntimeName, locale: str) -> Device:
-    """The device as the API gives it; made once a language, as most are read more often than changed."""
+def show(device: Rented, runtime: RuntimeName, locale: str, waits_for: Detail = NOTHING) -> Device:
+    """The device as the API gives it; made once a language, as most are read more often than changed.
+
+    What it waits for just now, such as its turn, is not in its row and stands in for a missing detail.
+    """
     shown = device.shown.get(locale)
     if shown is None:
-        ports = device.ports
-        shown = device.shown[locale] = Device.model_construct(
-            id=device.id,
-            name=device.name,
-            owner_id=device.owner_id,
-            state=device.state,
-            state_detail=device.detail.text(locale),
-            image=device.image,
-            plan=device.plan,
-            runtime=runtime,
-            ports=Ports.model_construct(**asdict(ports)) if ports else None,
-            created_at=device.created_at,
-            started_at=device.started_at,
-            updated_at=device.updated_at,
-        )
+        shown = device.shown[locale] = _shown(device, runtime, locale)
+    if waits_for != NOTHING and device.detail == NOTHING:
+        return shown.model_copy(update={"state_detail": waits_for.text(locale)})
     return shown
+
+
+def _shown(device: Rented, runtime: RuntimeName, locale: str) -> Device:
+    ports = device.ports
+    return Device.model_construct(
+        id=device.id,
+        name=device.name,
+        owner_id=device.owner_id,
+        state=device.state,
+        state_detail=device.detail.text(locale),
+        image=device.image,
+        plan=device.plan,
+        runtime=runtime,
+        ports=Ports.model_construct(**asdict(ports)) if ports else None,
+        created_at=device.created_at,
+        started_at=device.started_at,
+        updated_at=device.updated_at,
+    )
 
 
 class DeviceImage(Outgoing):

@@ -40,4 +40,12 @@ MIGRATIONS: Final = (
         UNIQUE (device_id, role)
     );
     """,
+    """
+    ALTER TABLE devices ADD COLUMN node text NOT NULL DEFAULT 'local', ADD COLUMN run text;
+    CREATE TABLE device_installation (
+        id      uuid NOT NULL DEFAULT gen_random_uuid(),
+        is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only)
+    );
+    INSERT INTO device_installation DEFAULT VALUES;
+    """,
 )

@@ -31,6 +31,11 @@ class ImageSection(Section):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     kind: Literal["redroid", "simulated"] = "redroid"
     reference: Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")] = ""
+    adb_port: Port = 5555
+    webrtc_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    scrcpy_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    fps: Annotated[int, Field(ge=1, le=120)] = 30
+    gpu_mode: Literal["auto", "host", "guest"] = "guest"
 
     @property
     def android_version(self) -> str:
@@ -44,6 +49,13 @@ class ImageSection(Section):
             raise ValueError(f"the image {self.name!r} needs a reference")
         return self
 
+    @model_validator(mode="after")
+    def _inner_ports_are_told_apart(self) -> Self:
+        inner = [port for port in (self.adb_port, self.webrtc_port, self.scrcpy_port) if port]
+        if len(set(inner)) < len(inner):
+            raise ValueError(f"two ports of the image {self.name!r} are the same")
+        return self
+
 
 class PlanSection(Section):
     """[[devices.plans]]: a size and its price in minor units of billing.currency; 0 = free."""
@@ -54,6 +66,8 @@ class PlanSection(Section):
     width: Annotated[int, Field(ge=200, le=4096)] = 720
     height: Annotated[int, Field(ge=200, le=4096)] = 1280
     dpi: Annotated[int, Field(ge=72, le=640)] = 320
+    pids_limit: Annotated[int, Field(ge=64, le=1_000_000)] = 4096
+    log_mb: Annotated[int, Field(ge=1, le=1000)] = 10
     price_per_hour: Annotated[int, Field(ge=0, le=10**9)] = 20
 
 
@@ -71,6 +85,7 @@ class DevicesSection(Section):
     allow_public_ports: bool = False
     keep_stopped_days: Annotated[int, Field(ge=1, le=3650)] = 7
     start_deadline_s: Annotated[float, Field(gt=0, le=3600)] = 60
+    operations_at_once: Annotated[int, Field(ge=1, le=64)] = 4
     images: tuple[ImageSection, ...] = (
         ImageSection(name="android-12", reference="redroid/redroid:12.0.0-latest"),
     )
@@ -90,14 +105,19 @@ class DevicesSection(Section):
                 raise ValueError(f"{left} and {right} overlap")
         return self
 
+    @property
+    def is_public(self) -> bool:
+        """Whether phones' ports are published on more than a loopback or private address."""
+        address = ip_address(self.bind_address)
+        return address.is_unspecified or not address.is_private
+
     @model_validator(mode="after")
     def _ports_stay_private(self) -> Self:
         try:
-            address = ip_address(self.bind_address)
+            ip_address(self.bind_address)
         except ValueError:
             raise ValueError("bind_address: expected an IP address") from None
-        is_private = address.is_private and not address.is_unspecified
-        if not (is_private or self.allow_public_ports):
+        if self.is_public and not self.allow_public_ports:
             raise ValueError(
                 "bind_address: adb has no login, so phones' ports are published on a loopback or private"
                 " address, unless allow_public_ports is true"
