@@ -84,6 +84,28 @@ class Directory(Protocol):
         """Which of these are accounts."""
 
 
+class Audit(Protocol):
+    """The record of who did what; provided by users."""
+
+    async def record(
+        self,
+        tx: Tx,
+        *,
+        action: str,
+        target: str,
+        actor_id: UUID | None = None,
+        address: str = "",
+        before: Mapping[str, object] | None = None,
+        after: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write down, in the caller's transaction, that something was done; for ever.
+
+        `action` is the operation's name (`devices.start`), `target` the id of what it was done to. No
+        `actor_id` says that the server did it by itself. `address` is where the request came from.
+        `before` and `after` hold what changed, without secrets.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """A notification that is not stored yet; its fields are those of `Notifier.publish`."""
@@ -207,6 +229,7 @@ class Phones(Protocol):
 
 
 DIRECTORY: Final = web.AppKey("DIRECTORY", Directory)
+AUDIT: Final = web.AppKey("AUDIT", Audit)
 NOTIFIER: Final = web.AppKey("NOTIFIER", Notifier)
 LEDGER: Final = web.AppKey("LEDGER", Ledger)
 PHONES: Final = web.AppKey("PHONES", Phones)

@@ -1,12 +1,13 @@
-"""Users: accounts, how they sign in, and for how long.
+"""Users: accounts, how they sign in, for how long, and what was done by whom.
 
-Tables: `users`, `sessions`, `refresh_tokens`.
+Tables: `users`, `sessions`, `refresh_tokens`, `audit`.
 
 Invariants: an address has one account, however it is written (`email_folded`). A session is a row; it
 is dead everywhere once the row is gone, tokens, cookies and WebSockets alike. A refresh token works
 once: a spent one that comes back ends its session, since somebody else has it too. Passwords and
 refresh tokens are kept as hashes. Every account is announced (`UserRegistered`) once, in the
-transaction that makes it, or that of its first sign-in where the command line made it.
+transaction that makes it, or that of its first sign-in where the command line made it. What stands in
+the audit log stays there as it is.
 """
 
 from collections.abc import AsyncIterator
@@ -17,12 +18,13 @@ from aiohttp import web
 
 from plugins.users.accounts import Users
 from plugins.users.administrators import create_admin
+from plugins.users.audit import AUDIT_LOG, AuditLog
 from plugins.users.model import UsersSection
 from plugins.users.routes import USERS, routes
 from plugins.users.schema import MIGRATIONS
 from plugins.users.sessions import Sessions
 from server.auth import AUTHENTICATOR
-from server.interfaces import CONFIGURATION, DIRECTORY, RANDOMNESS
+from server.interfaces import AUDIT, CONFIGURATION, DATABASE, DIRECTORY, RANDOMNESS
 from server.passwords import Passwords
 from server.plugin import Job, Plugin
 
@@ -43,6 +45,7 @@ async def lifespan(app: web.Application) -> AsyncIterator[None]:
     section = app[CONFIGURATION].section("users")
     assert isinstance(section, UsersSection)
     async with Passwords.open(app[RANDOMNESS].token()) as passwords:
+        app[AUDIT] = app[AUDIT_LOG] = AuditLog(app[DATABASE])
         app[AUTHENTICATOR] = sessions = Sessions(app, section)
         await sessions.load()
         app[USERS] = app[DIRECTORY] = Users(app, section, sessions, passwords)
@@ -53,7 +56,7 @@ PLUGIN: Final = Plugin(
     name="users",
     config=UsersSection,
     lifespan=lifespan,
-    provides=(AUTHENTICATOR, DIRECTORY),
+    provides=(AUTHENTICATOR, DIRECTORY, AUDIT),
     migrations=MIGRATIONS,
     routes=routes.declared,
     jobs=(

@@ -7,6 +7,7 @@ import aiohttp_session
 from aiohttp import web
 
 from plugins.users.accounts import Users
+from plugins.users.audit import AUDIT_LOG, AuditEntry, AuditQuery
 from plugins.users.model import (
     Credentials,
     NewUser,
@@ -18,7 +19,7 @@ from plugins.users.model import (
     User,
     UserChanges,
 )
-from server.api import Routes
+from server.api import Page, Routes
 from server.auth import CSRF_TOKEN, SESSION_ID, Access, Caller
 from server.errors import Code
 from server.forms import submit
@@ -77,6 +78,12 @@ async def me(request: web.Request, caller: Caller) -> User:
 async def change_me(request: web.Request, caller: Caller, body: UserChanges) -> User:
     """Change one's own account."""
     return await request.app[USERS].change(caller, body)
+
+
+@routes.api("GET", "/audit", access=Access.ADMIN)
+async def list_audit(request: web.Request, query: AuditQuery) -> Page[AuditEntry]:
+    """Who did what, when and from where, newest first; only one `action` or `target` where asked."""
+    return await request.app[AUDIT_LOG].page(query)
 
 
 class LoginForm(Credentials):

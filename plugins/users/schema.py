@@ -36,4 +36,25 @@ MIGRATIONS: Final = (
     CREATE INDEX refresh_tokens_of_session ON refresh_tokens (session_id);
     CREATE INDEX refresh_tokens_spent ON refresh_tokens (spent_at) WHERE spent_at IS NOT NULL;
     """,
+    """
+    CREATE TABLE audit (
+        id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        at       timestamptz NOT NULL DEFAULT now(),
+        actor_id uuid,
+        action   text NOT NULL,
+        target   text NOT NULL,
+        address  text NOT NULL,
+        before   jsonb,
+        after    jsonb
+    );
+    CREATE INDEX audit_of_target ON audit (target, id);
+    CREATE INDEX audit_of_action ON audit (action, id);
+
+    CREATE FUNCTION audit_refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION 'audit entries are never changed or deleted' USING ERRCODE = 'check_violation';
+    END $$;
+    CREATE TRIGGER audit_is_final BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
+        FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse_change();
+    """,
 )
