@@ -72,6 +72,7 @@ class DockerRuntime:
         self._listeners: set[asyncio.Queue[str | None]] = set()
         self._closed = asyncio.Event()
         self._trouble: RuntimeUnavailable | None = None  # why the last probe failed
+        self.epoch = 0
         # What inspections said of running containers, until something happens to them.
         self._runs: dict[str, tuple[str, bool]] = {}
 
@@ -97,6 +98,10 @@ class DockerRuntime:
         """Raises RuntimeUnavailable: at once where the engine is known to be away."""
         self._require_engine()
         await self._probe()
+
+    def trouble(self) -> str:
+        """Why the last probe failed."""
+        return str(self._trouble or "")
 
     def warnings(self) -> list[str]:
         """Where phones could not be kept from the machine's own services."""
@@ -279,12 +284,14 @@ class DockerRuntime:
                 if not is_told:
                     log.warning("the Docker engine is away: %s", faults.exceptions[0])
                 is_told = True
+                self.epoch += 1
             except* Exception:
                 log.exception("unforeseen error while watching the Docker engine")
             await asyncio.sleep(PROBE_AWAY_EVERY_S)
 
     def _forget(self) -> None:
         """Take nothing for granted: the engine or its machine may have started anew."""
+        self.epoch += 1
         self._runs.clear()
         self._network.forget()
         self._pulls.forget()

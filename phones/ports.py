@@ -56,10 +56,13 @@ class PortAllocator:
         adb: PortRange,
         webrtc: PortRange,
         scrcpy: PortRange,
-        bind_address: str = "127.0.0.1",
+        bind_address: str | None = "127.0.0.1",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Ranges are inclusive. Raises ValueError where one is impossible or two overlap."""
+        """Ranges are inclusive. Raises ValueError where one is impossible or two overlap.
+
+        Where the ports are another machine's, `bind_address` is None and nobody tries whether they are free.
+        """
         self._ranges = {"adb": adb, "webrtc": webrtc, "scrcpy": scrcpy}
         _check_ranges(self._ranges)
         self._bind_address = bind_address
@@ -121,7 +124,7 @@ class PortAllocator:
         ports = self._free[name]
         while ports:
             port, _ = ports.popitem(last=False)
-            if port_is_free(self._bind_address, port):
+            if self._bind_address is None or port_is_free(self._bind_address, port):
                 return port
             self.mark_foreign(port)
         raise PortsExhausted(name)

@@ -6,7 +6,7 @@ and calls again after a crash, so every operation here may be repeated.
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, Literal, Protocol
@@ -92,7 +92,7 @@ class FoundPhone:
     node: str = LOCAL_NODE
     place: str = ""
     run: str | None = None
-    created_at: datetime | None = None
+    created_at: datetime | None = field(default=None, compare=False)
     is_stray: bool = False
     is_altered: bool = False
     has_restarted: bool = False
@@ -113,6 +113,8 @@ class Runtime(Protocol):
     """One machine's phones. Every method raises RuntimeUnavailable when the machine is away."""
 
     name: RuntimeName
+    epoch: int
+    """Rises whenever the machine was lost sight of, so that phones may have ended unseen."""
 
     async def open(self) -> None:
         """Get ready and adopt the phones that outlived the last process. A machine may be away."""
@@ -122,6 +124,9 @@ class Runtime(Protocol):
 
     async def check(self) -> None:
         """Raises RuntimeUnavailable, within 3 s, where the machine does not answer."""
+
+    def trouble(self) -> str:
+        """Why the machine does not answer, as far as is known without asking it; nothing where it does."""
 
     def warnings(self) -> list[str]:
         """What the machine's administrator has to know, a sentence each; nothing where all is well."""

@@ -79,6 +79,7 @@ class SimulatedRuntime:
     """One installation's simulated phones; implements `phones.runtime.Runtime`."""
 
     name: RuntimeName = "simulated"
+    epoch = 0
 
     def __init__(
         self,
@@ -122,6 +123,10 @@ class SimulatedRuntime:
 
     async def check(self) -> None:
         """Nothing to ask: this machine is here."""
+
+    def trouble(self) -> str:
+        """Nothing, ever."""
+        return ""
 
     def warnings(self) -> list[str]:
         """Nothing: simulated phones run nobody's code."""

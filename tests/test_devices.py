@@ -353,15 +353,9 @@ def test_private_and_expressly_public_addresses_are_taken() -> None:
     assert DevicesSection(bind_address="0.0.0.0", allow_public_ports=True)
 
 
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [({"runtime": "docker"}, "cannot drive a Docker engine"), ({"bind_address": "10.255.255.1"}, "listen")],
-)
-async def test_what_this_machine_cannot_do_stops_the_start(
-    open_house: Open, section: dict[str, object], said: str
-) -> None:
-    with pytest.raises(PluginFault, match=said) as fault:
-        await open_house(devices=section)
+async def test_an_address_that_is_not_this_machines_stops_the_start(open_house: Open) -> None:
+    with pytest.raises(PluginFault, match="listen") as fault:
+        await open_house(devices={"bind_address": "10.255.255.1"})
     assert "\n" not in str(fault.value)
 
 
@@ -369,4 +363,4 @@ async def test_auto_simulates_and_says_why(open_house: Open) -> None:
     house = await open_house(devices={"runtime": "auto"})
     owner = await house.sign_up()
     page = (await owner.get("//devices/new")).body.decode()
-    assert any(reason in page for reason in ("No Docker engine", "lacks binder", "cannot drive"))
+    assert any(reason in page for reason in ("No Docker engine", "lacks binder"))

@@ -207,7 +207,7 @@ async def test_phones_outlive_a_killed_server_and_keep_their_ports(data_dir: Pat
         os.kill(before[0], signal.SIGKILL)
         async with asyncio.timeout(5):
             died = await anext(events)
-        assert died.status is PhoneStatus.STOPPED
+        assert died in {spec.id for spec in specs}
         for spec in specs:
             await runtime.remove(spec.id)
     assert await asyncio.to_thread(pids_below, data_dir) == []
@@ -301,7 +301,7 @@ async def test_a_dying_phone_is_heard_of_and_can_be_started_again(
     [pid] = await asyncio.to_thread(pids_below, data_dir)
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(5):
-        assert await anext(events) == stopped(spec)
+        assert await anext(events) == spec.id
     assert await runtime.inspect(spec.id) == stopped(spec)
     assert await asyncio.to_thread(is_reaped, pid)
     await runtime.start(spec)

@@ -1,15 +1,17 @@
 """Devices: rented phones, their states, ports and prices, and how they are seen and touched.
 
-Tables: `devices`, `device_ports`.
+Tables: `devices`, `device_ports`, `device_installation` (the id that marks our containers, and where phones
+ran last).
 
 Invariants: what is wanted of a phone is a row before anything happens to the phone; whatever is broken
 off is taken up again from there, also after a kill -9, and phones outlive the server. A port belongs to
 one device at most, from before its phone starts until the machine says that the phone is gone. A phone
 costs from the moment it runs until somebody asks for its end, to the second; nothing where it never
-came up. Its owner hears of every change of state.
+came up, or for time in which nobody could see it run. Its owner hears of every change of state.
 
-`fleet` holds the rows and their mirror in memory, `room` the operations, `reconciler` carries them out,
-`metering` counts, `control` talks to a running phone.
+`fleet` holds the rows and their mirror in memory, `room` the operations, `reconciler` carries them out in
+`turns` and mends by `repairs`, `metering` counts, `control` talks to a running phone, `machine` says where
+phones run.
 """
 
 import asyncio
@@ -19,26 +21,24 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 from aiohttp import web
 from prometheus_client import Gauge
 
-from phones.host import lack_for_android
 from phones.ports import PortAllocator
 from phones.runtime import Runtime, RuntimeFault
-from phones.simulated import SimulatedRuntime
 from plugins.devices.fleet import Fleet
 from plugins.devices.links import Links
+from plugins.devices.machine import choose, would_run
 from plugins.devices.metering import Metering
 from plugins.devices.model import DeviceState
 from plugins.devices.reconciler import Reconciler
 from plugins.devices.room import DEVICES, Devices
-from plugins.devices.routes import facts_of_page, routes
+from plugins.devices.routes import PUBLIC_PORTS, facts_of_page, routes
 from plugins.devices.schema import MIGRATIONS
 from plugins.devices.section import DevicesSection
-from server.i18n import N_
 from server.interfaces import (
+    AUDIT,
     CLOCK,
     CONFIGURATION,
     DATA_DIR,
@@ -48,7 +48,7 @@ from server.interfaces import (
     NOTIFIER,
     PHONES,
 )
-from server.observe import METRICS, Metrics
+from server.observe import METRICS, Metrics, log
 from server.pages import PAGE_CONTEXT
 from server.plugin import Check, Job, Lifespan, Plugin, PluginFault
 
@@ -58,26 +58,6 @@ METERING: Final = web.AppKey("METERING", Metering)
 RECONCILER: Final = web.AppKey("RECONCILER", Reconciler)
 
 MakeRuntime = Callable[[Path], Runtime]
-
-
-def _why_simulated(section: DevicesSection) -> str:
-    """The sentence for the pages. Raises PluginFault where real phones are asked for. Blocking."""
-    if section.runtime == "docker":
-        raise PluginFault(
-            "devices.runtime: this version cannot drive a Docker engine yet;"
-            ' set it to "auto" or "simulated" and phones are simulated'
-        )
-    if section.runtime == "simulated":
-        return N_("This server is configured to simulate its phones.")
-    match lack_for_android(section.docker_url):
-        case "engine":
-            return N_("No Docker engine answers on this machine.")
-        case "binder":
-            return N_(
-                "A Docker engine is there, but this machine's kernel lacks binder, which Android needs."
-            )
-        case None:
-            return N_("This machine can run Android, but this version cannot drive its Docker engine yet.")
 
 
 def _check_address(address: str) -> None:
@@ -90,31 +70,46 @@ def _check_address(address: str) -> None:
         raise PluginFault(f"devices.bind_address: cannot listen on {address}: {error.strerror}") from None
 
 
-def lifespan_with(make_runtime: MakeRuntime) -> Lifespan:
-    """The plugin's lifespan on a runtime of one's own, which keeps its things in the folder it is given."""
+def lifespan_with(make_runtime: MakeRuntime | None = None) -> Lifespan:
+    """The plugin's lifespan; where wanted on a runtime of one's own, which is given a folder."""
 
     @asynccontextmanager
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         """Take the rows into memory and open the runtime; the reconciler's first run does the rest."""
         section = app[CONFIGURATION].section("devices")
         assert isinstance(section, DevicesSection)
-        reason = await asyncio.to_thread(_why_simulated, section)
-        await asyncio.to_thread(_check_address, section.bind_address)
+        machine = await choose(app[DATABASE], app[DATA_DIR] / "phones", section)
+        runtime = make_runtime(app[DATA_DIR] / "phones") if make_runtime else machine.runtime
+        if machine.is_here:
+            await asyncio.to_thread(_check_address, section.bind_address)
+        if section.is_public:
+            log.warning(PUBLIC_PORTS)
         ports = PortAllocator(
             adb=section.adb_ports,
             webrtc=section.webrtc_ports,
             scrcpy=section.scrcpy_ports,
-            bind_address=section.bind_address,
+            bind_address=section.bind_address if machine.is_here else None,
         )
         fleet = Fleet(app[DATABASE], app[NOTIFIER], ports)
         await fleet.load()
-        runtime = make_runtime(app[DATA_DIR] / "phones")
-        links = Links(section.bind_address)
+        links = Links(machine.reached_at(section.bind_address))
         metering = Metering(app[DATABASE], app[LEDGER], app[EVENTS], fleet, section)
-        reconciler = Reconciler(runtime, fleet, links, metering, app[EVENTS], app[CLOCK], section)
+        reconciler = Reconciler(
+            runtime,
+            fleet,
+            links,
+            metering,
+            app[DATABASE],
+            app[EVENTS],
+            app[AUDIT],
+            app[CLOCK],
+            section,
+        )
         fleet.doorbell = reconciler.ring
         async with _opened(runtime):
-            app[DEVICES] = app[PHONES] = Devices(runtime, reason, fleet, links, metering, app[CLOCK], section)
+            app[DEVICES] = app[PHONES] = Devices(
+                runtime, machine.reason, fleet, links, metering, reconciler, app[CLOCK], section
+            )
             app[METERING], app[RECONCILER] = metering, reconciler
             app[PAGE_CONTEXT].append(facts_of_page)
             _measure(app[METRICS], fleet)
@@ -165,7 +160,10 @@ async def _reconcile(app: web.Application) -> None:
 
 
 async def _meter(app: web.Application) -> None:
-    await app[METERING].meter()
+    """Charge, unless nobody could see the phones run: what they owe is charged once somebody can."""
+    await app[DEVICES].runtime.check()
+    if app[RECONCILER].vouches():
+        await app[METERING].meter()
 
 
 async def _expire(app: web.Application) -> None:
@@ -173,25 +171,25 @@ async def _expire(app: web.Application) -> None:
 
 
 async def _ask_runtime(app: web.Application) -> str:
-    section = app[CONFIGURATION].section("devices")
-    assert isinstance(section, DevicesSection)
-    reason = await asyncio.to_thread(_why_simulated, section)
-    devices = app.get(DEVICES)  # the doctor has no room
-    if devices is not None:
-        await devices.runtime.inspect(str(UUID(int=0)))
-    return f"phones are simulated. {reason}"
+    devices = app.get(DEVICES)
+    if devices is None:  # the doctor has no room
+        section = app[CONFIGURATION].section("devices")
+        assert isinstance(section, DevicesSection)
+        return f"{await would_run(section)}."
+    await devices.runtime.check()
+    return f"phones run on: {devices.runtime.name}. {devices.runtime_reason}"
 
 
 PLUGIN: Final = Plugin(
     name="devices",
     config=DevicesSection,
-    lifespan=lifespan_with(SimulatedRuntime),
-    needs=(NOTIFIER, LEDGER),
+    lifespan=lifespan_with(),
+    needs=(AUDIT, NOTIFIER, LEDGER),
     provides=(PHONES,),
     migrations=MIGRATIONS,
     routes=routes.declared,
     jobs=(
-        Job("devices.reconcile", every_s=15, deadline_s=60, run=_reconcile),
+        Job("devices.reconcile", every_s=30, deadline_s=60, run=_reconcile),
         Job("devices.meter", every_s=10, deadline_s=60, run=_meter),
         Job("devices.expire", every_s=3600, deadline_s=120, run=_expire),
     ),

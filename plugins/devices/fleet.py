@@ -8,7 +8,7 @@ anything else happens to it.
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -16,11 +16,12 @@ from uuid import UUID
 from phones.ports import PortAllocator, PortsExhausted
 from phones.runtime import PortTriple
 from plugins.devices.model import NOTHING, PASSING, Detail, DeviceState, Rented
-from server.db import CommitUnknown, Database, Tx
+from server.db import CommitUnknown, Database, Tx, UniqueViolation
 from server.errors import Code, Problem
 from server.i18n import N_, SOURCE_LOCALE
 from server.interfaces import Notifier, Topic
 from server.locks import KeyedLocks
+from server.observe import log
 
 TITLES: Final = {
     DeviceState.CREATING: N_("{name} is being made"),
@@ -85,7 +86,8 @@ class Fleet:
     def new_ports(self, device_id: UUID) -> Iterator[PortTriple]:
         """Three ports, given back at the end unless the device's row holds them then.
 
-        Raises Problem(ports_exhausted).
+        Raises Problem(ports_exhausted). Where the block raises UniqueViolation, because a row holds one of
+        them that memory does not know of, others are given next time.
         """
         try:
             ports = self.ports.take()
@@ -97,6 +99,11 @@ class Fleet:
             ) from None
         try:
             yield ports
+        except UniqueViolation:
+            log.error("ports are held that memory took for free", extra={"ports": astuple(ports)})
+            for port in astuple(ports):
+                self.ports.mark_foreign(port)
+            raise
         finally:
             device = self._devices.get(device_id)
             if device_id in self._doubtful:

@@ -7,14 +7,14 @@ from plugins.devices.model import Rented
 from server.locks import KeyedLocks
 
 CONNECT_DEADLINE_S = 5.0
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (looked up, not bound)
 
 
 class Links:
     """The open connections."""
 
-    def __init__(self, bind_address: str) -> None:
-        self._host = _EVERYWHERE.get(bind_address, bind_address)
+    def __init__(self, host: str) -> None:
+        """`host` is where phones' ports are reached."""
+        self._host = host
         self._open: dict[UUID, tuple[int, AdbClient]] = {}
         self._locks = KeyedLocks[UUID]()  # guards: one phone's entry in _open
 

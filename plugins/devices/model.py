@@ -261,6 +261,12 @@ class DeviceStats(Outgoing):
     tx_bytes: int
 
 
+class DeviceLog(Outgoing):
+    """What a phone's program or container printed, the oldest line first."""
+
+    lines: list[str]
+
+
 class ShellAnswer(Outgoing):
     """What a command left behind; bytes that are no UTF-8 are replaced."""
 

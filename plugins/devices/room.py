@@ -1,8 +1,8 @@
 """The devices' operations: who may do what to which phone, and when."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from operator import attrgetter
 from typing import Final
@@ -17,6 +17,7 @@ from plugins.devices.links import Links
 from plugins.devices.metering import Metering
 from plugins.devices.model import (
     NOTHING,
+    Detail,
     DeviceQuery,
     DeviceState,
     Hardware,
@@ -24,16 +25,21 @@ from plugins.devices.model import (
     Rented,
     Wanted,
 )
+from plugins.devices.reconciler import Reconciler
 from plugins.devices.section import DevicesSection, ImageSection, PlanSection
 from server.api import from_cursor, to_cursor
 from server.auth import Caller
 from server.clock import Clock
+from server.db import UniqueViolation
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
 from server.interfaces import RentedPhone
 from server.locks import KeyedLocks
 
-ASK_DEADLINE_S: Final = 10.0
+ASK_DEADLINE_S: Final = 4.5
+"""Whoever asks for a phone hears within 5 s that the machine does not answer."""
+LOG_LINES: Final = 200
+PORT_TRIES: Final = 4
 
 _STOPPABLE = frozenset({DeviceState.CREATING, DeviceState.STARTING, DeviceState.RUNNING})
 _STARTABLE = frozenset({DeviceState.STOPPED, DeviceState.FAILED})
@@ -50,24 +56,22 @@ class Devices:
         fleet: Fleet,
         links: Links,
         metering: Metering,
+        reconciler: Reconciler,
         clock: Clock,
         section: DevicesSection,
     ) -> None:
         self.runtime: Final = runtime
         self.runtime_reason: Final = runtime_reason
-        self.images: Final = {
-            image.name: image
-            for image in section.images
-            # Real phones are not stood in for by simulated ones; the other way round they are.
-            if runtime.name == "simulated" or image.kind != "simulated"
-        }
+        self.images: Final = {image.name: image for image in section.images}
         self.plans: Final = {plan.name: plan for plan in section.plans}
         self.bind_address: Final = section.bind_address
         self._fleet = fleet
         self._links = links
         self._metering = metering
+        self._reconciler = reconciler
         self._clock = clock
         self._max_per_user = section.max_per_user
+        self.is_public: Final = section.is_public
         self._ranges = (section.adb_ports, section.webrtc_ports, section.scrcpy_ports)
         self._owners = KeyedLocks[UUID]()  # guards: one user's quota and cover; taken before a device's lock
 
@@ -113,6 +117,22 @@ class Devices:
         except RuntimeFault:
             raise Problem(Code.DEVICE_NOT_RUNNING) from None
 
+    async def log(self, caller: Caller, device_id: UUID) -> list[str]:
+        """The last lines that the phone's program or container printed, also of a start that failed.
+
+        Raises Problem: not_found, runtime_unavailable.
+        """
+        self.find(caller, device_id)
+        try:
+            async with asyncio.timeout(ASK_DEADLINE_S):
+                return await self.runtime.log(str(device_id), LOG_LINES)
+        except (RuntimeFault, TimeoutError):
+            raise _no_answer() from None
+
+    def waits_for(self, device: Rented) -> Detail:
+        """What keeps a passing device waiting at this moment: its turn, its image, the machine."""
+        return self._reconciler.waits_for(device)
+
     # For the plugins to the right
 
     async def rented(self, caller: Caller, device_id: UUID) -> RentedPhone:
@@ -146,35 +166,40 @@ class Devices:
         Raises Problem: invalid, quota_exceeded, insufficient_balance, ports_exhausted, runtime_unavailable.
         """
         image, plan = self._chosen(wish)
-        await self._require_machine(new_id)
+        await self._require_machine()
         async with self._owners.of(caller.user_id), self._fleet.holding(new_id) as known:
             if known is not None:
                 return known
-            if len(self._fleet.of_owner(caller.user_id)) >= self._max_per_user:
-                raise Problem(
-                    Code.QUOTA_EXCEEDED,
-                    N_("You have {limit} phones, and no more are allowed."),
-                    limit=self._max_per_user,
-                )
-            with self._fleet.new_ports(new_id) as ports:
-                now = self._clock.now()  # the row's own times replace it
-                device = Rented(
-                    id=new_id,
-                    owner_id=caller.user_id,
-                    name=wish.name,
-                    image=image.name,
-                    plan=plan.name,
-                    price_per_hour=plan.price_per_hour,
-                    hardware=Hardware.chosen(image, plan),
-                    state=DeviceState.CREATING,
-                    wanted=Wanted.RUNNING,
-                    created_at=now,
-                    updated_at=now,
-                    ports=ports,
-                )
-                async with self._fleet.transaction(new_id) as tx:
-                    await self._metering.require_cover(tx, device)
-                    return await self._fleet.insert(tx, device)
+            return await _uncontested(lambda: self._rent(caller, wish, image, plan, new_id))
+
+    async def _rent(
+        self, caller: Caller, wish: NewDevice, image: ImageSection, plan: PlanSection, new_id: UUID
+    ) -> Rented:
+        if len(self._fleet.of_owner(caller.user_id)) >= self._max_per_user:
+            raise Problem(
+                Code.QUOTA_EXCEEDED,
+                N_("You have {limit} phones, and no more are allowed."),
+                limit=self._max_per_user,
+            )
+        with self._fleet.new_ports(new_id) as ports:
+            now = self._clock.now()  # the row's own times replace it
+            device = Rented(
+                id=new_id,
+                owner_id=caller.user_id,
+                name=wish.name,
+                image=image.name,
+                plan=plan.name,
+                price_per_hour=plan.price_per_hour,
+                hardware=Hardware.chosen(image, plan),
+                state=DeviceState.CREATING,
+                wanted=Wanted.RUNNING,
+                created_at=now,
+                updated_at=now,
+                ports=ports,
+            )
+            async with self._fleet.transaction(new_id) as tx:
+                await self._metering.require_cover(tx, device)
+                return await self._fleet.insert(tx, device)
 
     async def rename(self, caller: Caller, device_id: UUID, name: str) -> Rented:
         """Give a device another name. Raises Problem(not_found)."""
@@ -195,19 +220,26 @@ class Devices:
         return await self._intend(caller, device_id, DeviceState.STOPPING, Wanted.STOPPED, _STOPPABLE)
 
     async def restart(self, caller: Caller, device_id: UUID) -> Rented:
-        """Stop a running phone and start it again. Raises Problem: not_found, invalid_state."""
+        """Stop a running phone and start it again.
+
+        Raises Problem: not_found, invalid_state, runtime_unavailable.
+        """
         running = frozenset({DeviceState.RUNNING})
+        _require(self.find(caller, device_id), running)
+        await self._require_machine()
         return await self._intend(caller, device_id, DeviceState.STOPPING, Wanted.RUNNING, running)
 
     async def reset(self, caller: Caller, device_id: UUID) -> Rented:
         """Throw a phone's data away. A running one runs again then, as does a failed one.
 
-        Raises Problem: not_found, invalid_state, and as `start` does for a failed phone.
+        Raises Problem: not_found, invalid_state, runtime_unavailable, and as `start` for a failed phone.
         """
         state = self.find(caller, device_id).state
         if state is DeviceState.FAILED:
             return await self._set_off(caller, device_id, DeviceState.RESETTING, frozenset({state}))
         wanted = Wanted.RUNNING if state is DeviceState.RUNNING else Wanted.STOPPED
+        _require(self.find(caller, device_id), _RESETTABLE)
+        await self._require_machine()
         return await self._intend(caller, device_id, DeviceState.RESETTING, wanted, _RESETTABLE & {state})
 
     async def delete(self, caller: Caller, device_id: UUID) -> Rented:
@@ -227,35 +259,49 @@ class Devices:
         wanted: Wanted,
         allowed: frozenset[DeviceState],
     ) -> Rented:
-        """Write down what is wanted; the reconciler carries it out."""
+        """Write down what is wanted; the reconciler carries it out, once the machine answers."""
+        is_seen = await self._is_seen()
         async with self._fleet.holding(device_id):
             device = self.find(caller, device_id)
             _require(device, allowed)
             async with self._fleet.transaction(device_id) as tx:
-                device = await self._metering.end(tx, device)
+                device = await self._metering.end(tx, device, charge=is_seen)
                 return await self._fleet.store(tx, _aimed(device, state, wanted))
+
+    async def _is_seen(self) -> bool:
+        """Whether the machine vouches for its phones: time that nobody saw a phone run is not paid."""
+        try:
+            async with asyncio.timeout(ASK_DEADLINE_S):
+                await self.runtime.check()
+        except (RuntimeFault, TimeoutError):
+            return False
+        return self._reconciler.vouches()
 
     async def _set_off(
         self, caller: Caller, device_id: UUID, state: DeviceState, allowed: frozenset[DeviceState]
     ) -> Rented:
         """Write down that a phone that is down shall run: it needs ports, and its owner money."""
-        owner_id = self.find(caller, device_id).owner_id
-        await self._require_machine(device_id)
-        async with self._owners.of(owner_id), self._fleet.holding(device_id):
+        device = self.find(caller, device_id)
+        _require(device, allowed)
+        await self._require_machine()
+        async with self._owners.of(device.owner_id), self._fleet.holding(device_id):
             device = self.find(caller, device_id)
             _require(device, allowed)
-            with ExitStack() as stack:
-                if device.ports is None or not self._in_range(device.ports):
-                    device = replace(device, ports=stack.enter_context(self._fleet.new_ports(device_id)))
-                async with self._fleet.transaction(device_id) as tx:
-                    await self._metering.require_cover(tx, device)
-                    device = replace(device, warned=False, spent_at=None, revived_at=None)
-                    return await self._fleet.store(tx, _aimed(device, state, Wanted.RUNNING))
+            return await _uncontested(lambda: self._set_off_holding(device, state))
 
-    async def _require_machine(self, device_id: UUID) -> None:
+    async def _set_off_holding(self, device: Rented, state: DeviceState) -> Rented:
+        with ExitStack() as stack:
+            if device.ports is None or not self._in_range(device.ports):
+                device = replace(device, ports=stack.enter_context(self._fleet.new_ports(device.id)))
+            async with self._fleet.transaction(device.id) as tx:
+                await self._metering.require_cover(tx, device)
+                device = replace(device, warned=False, spent_at=None, revived_at=None, run=None)
+                return await self._fleet.store(tx, _aimed(device, state, Wanted.RUNNING))
+
+    async def _require_machine(self) -> None:
         try:
             async with asyncio.timeout(ASK_DEADLINE_S):
-                await self.runtime.inspect(str(device_id))
+                await self.runtime.check()
         except (RuntimeFault, TimeoutError):
             raise _no_answer() from None
 
@@ -276,6 +322,14 @@ class Devices:
 
 
 DEVICES: Final = web.AppKey("DEVICES", Devices)
+
+
+async def _uncontested(attempt: Callable[[], Awaitable[Rented]]) -> Rented:
+    """Try again with other ports where a row holds some that memory took for free."""
+    for _ in range(PORT_TRIES):
+        with suppress(UniqueViolation):
+            return await attempt()
+    raise Problem(Code.PORTS_EXHAUSTED)
 
 
 def _aimed(device: Rented, state: DeviceState, wanted: Wanted) -> Rented:

@@ -12,6 +12,7 @@ from plugins.devices.model import (
     Device,
     DeviceChanges,
     DeviceImage,
+    DeviceLog,
     DevicePlan,
     DeviceQuery,
     DeviceState,
@@ -28,7 +29,7 @@ from server.api import Page, PageQuery, Routes
 from server.auth import Access, Caller
 from server.errors import Code
 from server.forms import submit
-from server.i18n import pick_locale, translate
+from server.i18n import N_, pick_locale, translate
 from server.interfaces import LEDGER, RANDOMNESS
 from server.pages import render
 from server.request_keys import CALLER
@@ -39,8 +40,14 @@ TALK_PROBLEMS = (Code.DEVICE_NOT_RUNNING, Code.RUNTIME_UNAVAILABLE)
 routes = Routes("devices")
 
 
+PUBLIC_PORTS = N_(
+    "Phones' ports are published on a public address. adb has no login: who reaches a port owns the phone."
+)
+
+
 def _shown(request: web.Request, device: Rented) -> Device:
-    return show(device, request.app[DEVICES].runtime.name, pick_locale(request))
+    devices = request.app[DEVICES]
+    return show(device, devices.runtime.name, pick_locale(request), devices.waits_for(device))
 
 
 @routes.api("GET", "/device-images", access=Access.USER)
@@ -103,7 +110,7 @@ async def stop(request: web.Request, caller: Caller, device_id: UUID) -> Device:
 
 
 @routes.api("POST", "/devices/{device_id}/restart", access=Access.USER, status=202,
-            problems=(Code.INVALID_STATE,))  # fmt: skip
+            problems=(Code.INVALID_STATE, Code.RUNTIME_UNAVAILABLE))  # fmt: skip
 async def restart(request: web.Request, caller: Caller, device_id: UUID) -> Device:
     """Stop a running phone and start it again."""
     return _shown(request, await request.app[DEVICES].restart(caller, device_id))
@@ -120,6 +127,12 @@ async def reset(request: web.Request, caller: Caller, device_id: UUID) -> Device
 async def stats(request: web.Request, caller: Caller, device_id: UUID) -> DeviceStats:
     """What a running phone uses now."""
     return DeviceStats(**asdict(await request.app[DEVICES].stats(caller, device_id)))
+
+
+@routes.api("GET", "/devices/{device_id}/log", access=Access.USER, problems=(Code.RUNTIME_UNAVAILABLE,))
+async def log(request: web.Request, caller: Caller, device_id: UUID) -> DeviceLog:
+    """What the phone's container printed last, up to 200 lines; says why a start failed."""
+    return DeviceLog(lines=await request.app[DEVICES].log(caller, device_id))
 
 
 @routes.api("GET", "/devices/{device_id}/screenshot", access=Access.USER, media="image/png",
@@ -197,6 +210,12 @@ def facts_of_page(request: web.Request) -> dict[str, object]:
         "runtime_reason": translate(pick_locale(request), devices.runtime_reason),
     }
     caller = request.get(CALLER)
+    if devices.runtime.trouble():
+        facts["runtime_away"] = True
+    if caller is not None and caller.is_admin:
+        warnings = [PUBLIC_PORTS] if devices.is_public else []
+        texts = [*warnings, *devices.runtime.warnings()]
+        facts["warnings"] = [translate(pick_locale(request), text) for text in texts]
     if caller is not None:
         states = [device.state for device in devices.of_owner(caller.user_id)]
         facts["phones"] = {"total": len(states), "running": states.count(DeviceState.RUNNING)}

@@ -44,6 +44,7 @@ MIGRATIONS: Final = (
     ALTER TABLE devices ADD COLUMN node text NOT NULL DEFAULT 'local', ADD COLUMN run text;
     CREATE TABLE device_installation (
         id      uuid NOT NULL DEFAULT gen_random_uuid(),
+        runtime text CHECK (runtime IN ('docker', 'simulated')),
         is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only)
     );
     INSERT INTO device_installation DEFAULT VALUES;
