@@ -19,6 +19,9 @@ lint: $(VENV)/.dev ## format, style, types, and who imports whom
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m server.i18n check
 
+phone-image: $(VENV)/.run ## build the simulated phone's container image and load it into the Docker engine
+	@$(BIN)/python -m phones.image
+
 bench: $(VENV)/.dev ## measure speed and memory; prints a table
 	@$(BIN)/python -m benchmarks.api
 
@@ -52,4 +55,4 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.lock
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
 
-.PHONY: help run test lint bench translations lock clean
+.PHONY: help run test lint phone-image bench translations lock clean

@@ -19,10 +19,7 @@ _DIRECTORIES = (
     "/System/Library/Fonts",
     "/Library/Fonts",
 )
-_WANTED = (
-    "NotoSans-Regular.ttf",
-    "DejaVuSans.ttf",
-    "LiberationSans-Regular.ttf",
+_CHINESE = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
     "NotoSansSC-Regular.otf",
@@ -37,6 +34,12 @@ _WANTED = (
     "Hiragino Sans GB.ttc",
     "STHeiti Light.ttc",
     "uming.ttc",
+)
+_WANTED = (
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "LiberationSans-Regular.ttf",
+    *_CHINESE,
     "NotoSansArabic-Regular.ttf",
     "NotoSansHebrew-Regular.ttf",
     "NotoSansDevanagari-Regular.ttf",
@@ -56,6 +59,15 @@ def _paths() -> tuple[str, ...]:
             for name in names:
                 found.setdefault(name, str(Path(parent) / name))
     return ("", *(found[name] for name in _WANTED if name in found))
+
+
+def carried() -> list[Path]:
+    """The host's fonts that a phone would take along to another machine: of the Chinese ones, each of
+    which has some 10 MB, the first alone.
+    """
+    found = [Path(path) for path in _paths() if path]
+    chinese = [path for path in found if path.name in _CHINESE]
+    return [path for path in found if path not in chinese[1:]]
 
 
 @lru_cache(maxsize=24)
