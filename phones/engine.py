@@ -276,14 +276,6 @@ class Engine:
         except NameTaken:
             return
 
-    async def delete_network(self, name: str) -> None:
-        """Delete a network; one that is not there is no error."""
-        try:
-            async with _asking("delete the network", ACT_DEADLINE_S):
-                await (await self._client().networks.get(name)).delete()
-        except NotThere:
-            return
-
 
 async def survey(url: str, references: Sequence[str]) -> Survey:
     """What an engine says of itself, over a connection of its own. Raises RuntimeUnavailable."""

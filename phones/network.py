@@ -67,11 +67,6 @@ class PhoneNetwork:
                 log.error("phones can reach this machine's own services: no firewall rule could be set")
             self._is_made = True
 
-    async def remove(self) -> None:
-        """Take the network away; its phones must be gone. The rule stays and means nothing without it."""
-        await self._engine.delete_network(self.name)
-        self.forget()
-
     async def _make(self) -> None:
         key, _, value = self._label.partition("=")
         await self._engine.create_network(
@@ -107,10 +102,9 @@ class PhoneNetwork:
         return False
 
     async def _run_here(self, tool: str, arguments: Sequence[str], _image: str) -> bool:
-        path = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
-        here = await asyncio.to_thread(Path("/sys/class/net", self._bridge).exists)
-        if path is None or not here:
-            raise RuntimeFault("it is not on this machine")
+        path = await asyncio.to_thread(self._tool_here, tool)
+        if path is None:
+            raise RuntimeFault("it is not on this machine, or phones are on another")
         process = await asyncio.create_subprocess_exec(
             path,
             *arguments,
@@ -127,6 +121,12 @@ class PhoneNetwork:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    def _tool_here(self, tool: str) -> str | None:
+        """The path of this machine's own tool, if the phones' bridge is here too. Blocking."""
+        if not Path("/sys/class/net", self._bridge).exists():
+            return None
+        return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
 
     async def _run_in_container(self, tool: str, arguments: Sequence[str], image: str) -> bool:
         key, _, value = self._label.partition("=")

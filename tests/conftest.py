@@ -8,6 +8,10 @@ from blockbuster import blockbuster_ctx
 
 from server.__main__ import PLUGINS
 from server.plugin import Plugin
+from tests.containers import docker_house as docker_house
+from tests.containers import house_on_engine as house_on_engine
+from tests.engine import engine as engine
+from tests.engine import private_engine as private_engine
 from tests.house import House
 from tests.realadb import RealAdb
 from tests.servers import Servers

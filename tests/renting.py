@@ -17,9 +17,9 @@ DEADLINE_S = 30
 Open = Callable[..., Awaitable[House]]
 
 
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], *, deadline_s: float = DEADLINE_S) -> None:
     """Wait until it holds."""
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(deadline_s):
         while not await holds():
             await asyncio.sleep(0.02)
 
