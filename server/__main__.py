@@ -14,7 +14,7 @@ import plugins.users
 from server.app import open_beside
 from server.clock import SystemRandomness
 from server.config import ConfigFault, Configuration, load
-from server.doctor import examine
+from server.doctor import examine, repair
 from server.errors import Problem
 from server.observe import configure_logging
 from server.plugin import Plugin, PluginFault, in_order
@@ -33,7 +33,7 @@ PLUGINS = (
 
 def main(arguments: list[str]) -> int:
     """Run a command; 2 is the exit code for a configuration that cannot be used."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _parse(arguments)
     configure_logging()
     try:
         ordered = in_order(PLUGINS)
@@ -55,7 +55,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m server", description="Cloudphone: phones in a browser.")
     parser.add_argument(
         "--config", type=Path, help="the configuration file (default: config.toml beside the code)"
@@ -69,20 +69,29 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("--config", type=Path, default=argparse.SUPPRESS)
         command.set_defaults(act=act)
+    doctor = commands.choices["doctor"]
+    doctor.add_argument("--repair", action="store_true", help="mend what came apart while no server ran")
+    doctor.add_argument("--dry-run", action="store_true", help="with --repair: only say what would be mended")
     admin = commands.choices["create-admin"]
     admin.add_argument("--email", required=True)
     admin.add_argument(
         "--password-stdin", action="store_true", help="read the new account's password from stdin"
     )
-    return parser
+    chosen = parser.parse_args(arguments)
+    if chosen.act is _doctor and chosen.dry_run and not chosen.repair:
+        doctor.error("--dry-run goes with --repair")
+    return chosen
 
 
 async def _serve(configuration: Configuration, ordered: Plugins, _chosen: argparse.Namespace) -> int:
     return await serve(configuration, ordered)
 
 
-async def _doctor(configuration: Configuration, ordered: Plugins, _chosen: argparse.Namespace) -> int:
-    return await examine(configuration, ordered)
+async def _doctor(configuration: Configuration, ordered: Plugins, chosen: argparse.Namespace) -> int:
+    code = await examine(configuration, ordered)
+    if chosen.repair:
+        code = max(code, await repair(configuration, ordered, dry_run=chosen.dry_run))
+    return code
 
 
 async def _create_admin(configuration: Configuration, _ordered: Plugins, chosen: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ from server.interfaces import (
 )
 from server.jobs import Jobs
 from server.observe import METRICS, Metrics, mark_answer, observing, watch_loop_lag
-from server.operations import add_operations
+from server.operations import add_operations, checks_of
 from server.pages import setup_pages
 from server.plugin import Job, Plugin, PluginFault
 from server.proxies import believing
@@ -121,7 +121,7 @@ def _add_routes(app: web.Application, plugins: Sequence[Plugin]) -> None:
     routes = [route for plugin in plugins for route in plugin.routes]
     for route in routes:
         app.router.add_route(route.method, route.path, endpoint(route))
-    add_operations(app, routes, [check for plugin in plugins for check in plugin.checks])
+    add_operations(app, routes, checks_of(plugins, app[CONFIGURATION]))
 
 
 async def _doors(app: web.Application) -> AsyncIterator[None]:

@@ -297,6 +297,13 @@ class Database:
         for number in range(len(rows) + 1, len(steps) + 1):
             await self._apply(owner, number, steps[number - 1], checksums[number - 1])
 
+    async def migrations_of(self, owner: str) -> int:
+        """How many of `owner`'s migrations this database has seen."""
+        if await self.fetchval("SELECT to_regclass('schema_migrations')") is None:
+            return 0
+        seen: int = await self.fetchval("SELECT count(*) FROM schema_migrations WHERE owner = $1", owner)
+        return seen
+
     async def _apply(self, owner: str, number: int, step: str, checksum: str) -> None:
         try:
             async with self._migration() as tx:

@@ -10,11 +10,12 @@ from aiohttp import web
 
 from server.api import API_PREFIX, Route
 from server.auth import recognise
+from server.config import Configuration
 from server.interfaces import DATABASE, STORAGE
 from server.observe import METRICS, metrics_response
 from server.openapi import by_tag, describe
 from server.pages import render, set_language
-from server.plugin import Check
+from server.plugin import Check, CheckFailed, Plugin
 
 VERSION = "0.1.0"
 CHECK_DEADLINE_S = 2.5
@@ -36,21 +37,40 @@ CORE_CHECKS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found: why it fails now, or None, and what else is worth knowing."""
+    """What a check found: why it fails now, or None, what mends that, and what else is worth knowing."""
 
     failure: str | None
+    mend: str = ""
     note: str = ""
+
+
+def checks_of(plugins: Sequence[Plugin], configuration: Configuration) -> list[Check]:
+    """The host's own checks and those of the plugins whose question arises in this configuration."""
+    return [
+        *CORE_CHECKS,
+        *(
+            check
+            for plugin in plugins
+            for check in plugin.checks
+            if check.applies(configuration.section(plugin.name))
+        ),
+    ]
 
 
 async def finding_of(app: web.Application, check: Check) -> Finding:
     """Ask a check, within its deadline."""
     try:
         async with asyncio.timeout(CHECK_DEADLINE_S):
-            return Finding(None, await check.ask(app) or "")
-    except TimeoutError:
-        return Finding("no answer in time")
+            return Finding(None, note=await check.ask(app) or "")
     except Exception as error:
-        return Finding(str(error).strip().partition("\n")[0] or type(error).__name__)
+        return Finding(why(error), error.mend if isinstance(error, CheckFailed) else check.mend)
+
+
+def why(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def add_operations(app: web.Application, routes: Sequence[Route], checks: Sequence[Check]) -> None:
@@ -66,7 +86,7 @@ def add_operations(app: web.Application, routes: Sequence[Route], checks: Sequen
         return render(request, "docs.html", {"operations": by_tag(document), "version": VERSION})
 
     app.router.add_get("/healthz", _healthz)
-    app.router.add_get("/readyz", _readyz((*CORE_CHECKS, *checks)))
+    app.router.add_get("/readyz", _readyz([check for check in checks if check.in_readyz]))
     app.router.add_get("/metrics", _metrics)
     app.router.add_get(f"{API_PREFIX}/openapi.json", openapi)
     app.router.add_get("/api/docs", docs)

@@ -3,13 +3,16 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict
 
 from server.api import Route
-from server.db import Tx
+from server.db import Database, Tx
+
+if TYPE_CHECKING:
+    from server.config import Configuration
 
 Lifespan = Callable[[web.Application], AbstractAsyncContextManager[None]]
 Listener = Callable[[web.Application, Tx, Any], Awaitable[None]]
@@ -38,18 +41,48 @@ class Job:
     run: Callable[[web.Application], Awaitable[None]]
 
 
+class CheckFailed(Exception):
+    """Why a check fails, and the command that mends just this, in place of the declared one."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend
+
+
+def _always(_section: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Check:
     """One line of `doctor` and one part of `/readyz`: `ask` raises with the reason when it fails.
 
     What `ask` answers is a note worth reading also when all is well. It may use the doors and the
-    configuration, not the plugin's room. The server starts without a part that is not `vital`.
+    configuration, not the plugin's room. The server starts without a part that is not `vital`. Where
+    `applies` denies it of the plugin's section, the question does not arise and nothing is said.
+
+    One that is not `in_readyz` is the doctor's alone, who also asks it beside a running server: then
+    the database is the only open door.
     """
 
     name: str
     ask: Callable[[web.Application], Awaitable[str | None]]
     mend: str
     vital: bool = True
+    in_readyz: bool = True
+    applies: Callable[[Any], bool] = _always
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a plugin mends when asked: rows and the world that came apart. A line for each thing.
+
+    `plan` says what `act` would do now, changes nothing, and also works beside a running server. `act`
+    is given the started application; it raises where something cannot be mended.
+    """
+
+    plan: "Callable[[Database, Configuration], Awaitable[list[str]]]"
+    act: Callable[[web.Application], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,7 @@ class Plugin:
     jobs: tuple[Job, ...] = ()
     listens: Mapping[type[object], Listener] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    repair: Repair | None = None
 
 
 def in_order(plugins: Sequence[Plugin]) -> tuple[Plugin, ...]:
