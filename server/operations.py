@@ -63,7 +63,8 @@ async def finding_of(app: web.Application, check: Check) -> Finding:
         async with asyncio.timeout(CHECK_DEADLINE_S):
             return Finding(None, note=await check.ask(app) or "")
     except Exception as error:
-        return Finding(why(error), error.mend if isinstance(error, CheckFailed) else check.mend)
+        mend = error.mend if isinstance(error, CheckFailed) else ""
+        return Finding(why(error), mend or check.mend)
 
 
 def why(error: Exception) -> str:

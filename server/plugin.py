@@ -42,9 +42,9 @@ class Job:
 
 
 class CheckFailed(Exception):
-    """Why a check fails, and the command that mends just this, in place of the declared one."""
+    """Why a check fails, and the command that mends just this; without one the declared mend holds."""
 
-    def __init__(self, reason: str, mend: str) -> None:
+    def __init__(self, reason: str, mend: str = "") -> None:
         super().__init__(reason)
         self.mend = mend
 

@@ -11,7 +11,7 @@ came up, or for time in which nobody could see it run. Its owner hears of every 
 
 `fleet` holds the rows and their mirror in memory, `room` the operations, `reconciler` carries them out in
 `turns` and mends by `repairs`, `metering` counts, `control` talks to a running phone, `machine` says where
-phones run.
+phones run and `checks` what that machine lacks.
 """
 
 import asyncio
@@ -27,16 +27,21 @@ from prometheus_client import Gauge
 
 from phones.ports import PortAllocator
 from phones.runtime import Runtime, RuntimeFault
-from plugins.devices.fleet import Fleet
+from plugins.devices.checks import CHECKS
+from plugins.devices.fleet import Fleet, read_devices
 from plugins.devices.links import Links
-from plugins.devices.machine import choose, would_run
+from plugins.devices.machine import choose, runtime_beside, would_run
 from plugins.devices.metering import Metering
 from plugins.devices.model import DeviceState
 from plugins.devices.reconciler import Reconciler
+from plugins.devices.repairs import compare
 from plugins.devices.room import DEVICES, Devices
 from plugins.devices.routes import PUBLIC_PORTS, facts_of_page, routes
 from plugins.devices.schema import MIGRATIONS
 from plugins.devices.section import DevicesSection
+from server.clock import SystemClock
+from server.config import Configuration
+from server.db import Database
 from server.interfaces import (
     AUDIT,
     CLOCK,
@@ -50,7 +55,7 @@ from server.interfaces import (
 )
 from server.observe import METRICS, Metrics, log
 from server.pages import PAGE_CONTEXT
-from server.plugin import Check, Job, Lifespan, Plugin, PluginFault
+from server.plugin import Check, Job, Lifespan, Plugin, PluginFault, Repair
 
 OPEN_DEADLINE_S: Final = 60.0
 
@@ -180,6 +185,29 @@ async def _ask_runtime(app: web.Application) -> str:
     return f"phones run on: {devices.runtime.name}. {devices.runtime_reason}"
 
 
+async def _plan_repairs(database: Database, configuration: Configuration) -> list[str]:
+    """What a start, or the running server, would mend now."""
+    section = configuration.section("devices")
+    assert isinstance(section, DevicesSection)
+    runtime = await runtime_beside(database, configuration.server.data_dir / "phones", section)
+    try:
+        found = await runtime.list()
+    finally:
+        await runtime.close()
+    devices = {device.id: device for device in await read_devices(database)}
+    return [
+        repair.line()
+        for repair in compare(devices.values(), found, SystemClock().now(), devices.__contains__)
+    ]
+
+
+async def _repair(app: web.Application) -> list[str]:
+    """Mend everything, and wait until phones that shall run do."""
+    await app[RECONCILER].reconcile()
+    await app[RECONCILER].settle()
+    return list(app[RECONCILER].repaired)
+
+
 PLUGIN: Final = Plugin(
     name="devices",
     config=DevicesSection,
@@ -193,5 +221,14 @@ PLUGIN: Final = Plugin(
         Job("devices.meter", every_s=10, deadline_s=60, run=_meter),
         Job("devices.expire", every_s=3600, deadline_s=120, run=_expire),
     ),
-    checks=(Check("runtime", _ask_runtime, "see devices.runtime in the configuration"),),
+    checks=(
+        Check(
+            "runtime",
+            _ask_runtime,
+            "start the Docker engine, or see devices.runtime in config.toml",
+            vital=False,
+        ),
+        *CHECKS,
+    ),
+    repair=Repair(_plan_repairs, _repair),
 )

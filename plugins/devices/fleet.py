@@ -213,7 +213,7 @@ class Fleet:
 
     async def load(self) -> None:
         """Rebuild memory from the rows."""
-        for device in await self._read(None):
+        for device in await read_devices(self._database):
             if device.ports:
                 self.ports.hold(device.ports)
             self._remember(device)
@@ -225,7 +225,7 @@ class Fleet:
                 pass
 
     async def _read_again(self, device_id: UUID) -> None:
-        found = await self._read(device_id)
+        found = await read_devices(self._database, device_id)
         if found:
             self._remember(found[0])
         else:
@@ -233,28 +233,6 @@ class Fleet:
         for ports in self._doubtful.pop(device_id):
             if not found or ports != found[0].ports:
                 self.ports.free(ports)
-
-    async def _read(self, device_id: UUID | None) -> list[Rented]:
-        """One device, or all."""
-        ports = await self._database.fetch(
-            "SELECT device_id, role, port FROM device_ports WHERE $1::uuid IS NULL OR device_id = $1",
-            device_id,
-        )
-        rows = await self._database.fetch(
-            """
-            SELECT id, owner_id, name, image, plan, price_per_hour, hardware, state, detail, detail_params,
-                wanted_state, generation, created_at, updated_at, started_at, metered_until,
-                charge_remainder, warned, spent_at, revived_at, node, run
-            FROM devices WHERE $1::uuid IS NULL OR id = $1
-            """,
-            device_id,
-        )
-        held: dict[UUID, dict[str, int]] = defaultdict(dict)
-        for row in ports:
-            held[row["device_id"]][row["role"]] = row["port"]
-        return [
-            Rented.from_row(row, PortTriple(**held[row["id"]]) if row["id"] in held else None) for row in rows
-        ]
 
     def _remember(self, device: Rented) -> None:
         before = self._devices.get(device.id)
@@ -275,3 +253,26 @@ class Fleet:
             del self._by_owner[device.owner_id]
         if device.ports:
             self.ports.free(device.ports)
+
+
+async def read_devices(database: Database, device_id: UUID | None = None) -> list[Rented]:
+    """One device, or all, as the rows have them."""
+    ports = await database.fetch(
+        "SELECT device_id, role, port FROM device_ports WHERE $1::uuid IS NULL OR device_id = $1",
+        device_id,
+    )
+    rows = await database.fetch(
+        """
+        SELECT id, owner_id, name, image, plan, price_per_hour, hardware, state, detail, detail_params,
+            wanted_state, generation, created_at, updated_at, started_at, metered_until,
+            charge_remainder, warned, spent_at, revived_at, node, run
+        FROM devices WHERE $1::uuid IS NULL OR id = $1
+        """,
+        device_id,
+    )
+    held: dict[UUID, dict[str, int]] = defaultdict(dict)
+    for row in ports:
+        held[row["device_id"]][row["role"]] = row["port"]
+    return [
+        Rented.from_row(row, PortTriple(**held[row["id"]]) if row["id"] in held else None) for row in rows
+    ]

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from phones.docker import DockerRuntime
 from phones.engine import Engine, host_of
-from phones.host import has_binder
+from phones.host import binder
 from phones.runtime import Runtime, RuntimeFault, RuntimeName, RuntimeUnavailable
 from phones.simulated import SimulatedRuntime
 from plugins.devices.section import DevicesSection
@@ -96,7 +96,7 @@ async def _pick(section: DevicesSection, stays: str | None) -> tuple[RuntimeName
     finally:
         await engine.close()
     # The kernel of an engine elsewhere cannot be seen from here; whoever names it knows it.
-    if engine.is_local and not await asyncio.to_thread(has_binder):
+    if engine.is_local and not await asyncio.to_thread(binder):
         return "simulated", NO_BINDER
     return "docker", ""
 

@@ -6,10 +6,12 @@ is away, tasks wait for it and go on when it is back.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -43,6 +45,7 @@ MACHINE_TRIES: Final = 5
 """How often a start may fail for want of an answer while the machine answers otherwise."""
 RUNTIME_DEADLINE_S: Final = 60.0
 REPAIRS_AT_ONCE: Final = 16
+REMEMBERED_REPAIRS: Final = 1000
 REVIVAL_PAUSE: Final = timedelta(minutes=10)
 TELL_EVERY_PERCENT: Final = 10
 _FIRST_RETRY_S = 1.0
@@ -110,6 +113,9 @@ class Reconciler:
         self._back = asyncio.Event()  # set, and replaced, when the machine is back
         self._back_at: datetime | None = None
         self._seen_epoch: int | None = None
+        self._comparing = asyncio.Lock()  # guards: rows and machine being compared, once at a time
+        self.repaired: Final = deque[str](maxlen=REMEMBERED_REPAIRS)
+        """What was mended last, a line each."""
 
     def waits_for(self, device: Rented) -> Detail:
         """What keeps a passing device waiting at this moment."""
@@ -182,13 +188,17 @@ class Reconciler:
             self._suspects.add(device_id)
             self._own(asyncio.create_task(self._mend(device_id)))
 
-    async def reconcile(self) -> list[str]:
-        """Compare the rows with the machine, and mend both ways; what was mended, a line each.
+    async def reconcile(self) -> None:
+        """Compare the rows with the machine, and mend both ways.
 
         Call it first when every plugin has started, as from then on they may be told of what happened.
         Raises RuntimeFault.
         """
         self._awake.set()
+        async with self._comparing:
+            await self._compare()
+
+    async def _compare(self) -> None:
         await self._fleet.refresh()
         for device in self._fleet.all():
             if device.needs_work:
@@ -197,69 +207,63 @@ class Reconciler:
         found = await _soon(self._runtime.list())
         repairs = compare(self._fleet.all(), found, self._clock.now(), self._is_known)
         turn = asyncio.Semaphore(REPAIRS_AT_ONCE)
-        mended = await asyncio.gather(*(self._repair(repair, turn) for repair in repairs))
+        await asyncio.gather(*(self._repair(repair, turn) for repair in repairs))
         self._seen_epoch = epoch
-        return [line for line in mended if line]
 
     def _is_known(self, device_id: UUID) -> bool:
         return self._fleet.get(device_id) is not None
 
-    async def _repair(self, repair: Repair, turn: asyncio.Semaphore) -> str:
+    async def _repair(self, repair: Repair, turn: asyncio.Semaphore) -> None:
         async with turn:
             if repair.device is not None:
-                return await self._mend(repair.device.id)
-            assert repair.phone is not None
-            return await self._discard(repair, repair.phone)
+                await self._mend(repair.device.id)
+            elif repair.phone is not None:
+                await self._discard(repair, repair.phone)
 
-    async def _discard(self, repair: Repair, phone: FoundPhone) -> str:
+    async def _discard(self, repair: Repair, phone: FoundPhone) -> None:
         try:
             await _soon(self._runtime.discard(phone))
             async with self._database.transaction() as tx:
                 await self._note(tx, repair)
         except (DatabaseUnavailable, RuntimeFault) as fault:
             log.warning("a phone is seen to later", extra={"device": phone.id, "error": str(fault)})
-            return ""
-        return repair.line()
 
-    async def _mend(self, device_id: UUID) -> str:
-        """Look at a device whose row and phone may disagree, and follow the row; what was done."""
+    async def _mend(self, device_id: UUID) -> None:
+        """Look at a device whose row and phone may disagree, and follow the row."""
         try:
             async with self._work.of(device_id):
                 self._suspects.discard(device_id)
                 device = self._fleet.get(device_id)
                 if device is None or device.needs_work:
-                    return ""
+                    return
                 phone = await _soon(self._runtime.inspect(str(device_id)))
                 fault = judge(device, phone)
-                if fault is None:
-                    return ""
-                return await self._follow_row(Repair(fault, device, phone), device)
+                if fault is not None:
+                    await self._follow_row(Repair(fault, device, phone), device)
         except (DatabaseUnavailable, RuntimeFault) as fault:
             log.warning("a phone is seen to later", extra={"device": str(device_id), "error": str(fault)})
         except Exception:
             log.exception("unforeseen error at a device", extra={"device": str(device_id)})
         finally:
             self._suspects.discard(device_id)
-        return ""
 
-    async def _follow_row(self, repair: Repair, device: Rented) -> str:
+    async def _follow_row(self, repair: Repair, device: Rented) -> None:
         if repair.fault is Fault.DEAD:
             await self._links.close(device.id)
             async with self._fleet.holding(device.id):
                 current = self._same_intent(device)
                 if current is None or current.needs_work:
-                    return ""
+                    return
                 async with self._fleet.transaction(device.id) as tx:
                     await self._revive(tx, current)
                     await self._note(tx, repair)
-            return repair.line()
+            return
         if repair.fault is Fault.LOOSE:
             await self._end(device)
         elif device.ports is not None:
             await _soon(self._runtime.limit(device.spec(self._bind_address)))
         async with self._database.transaction() as tx:
             await self._note(tx, repair)
-        return repair.line()
 
     async def _note(self, tx: Tx, repair: Repair) -> None:
         """One audit row, and one line in the log once that is written."""
@@ -277,7 +281,11 @@ class Reconciler:
             },
             after={"fault": repair.fault},
         )
-        tx.after_commit(lambda: log.warning("repaired", extra={"device": target, "repair": repair.line()}))
+        tx.after_commit(partial(self._say, target, repair.line()))
+
+    def _say(self, target: str, line: str) -> None:
+        log.warning("repaired", extra={"device": target, "repair": line})
+        self.repaired.append(line)
 
     async def _revive(self, tx: Tx, device: Rented) -> None:
         """Start a phone again that ended by itself; one that does so again soon has failed.
