@@ -103,11 +103,9 @@ class DockerRuntime:
         """Why the last probe failed."""
         return str(self._trouble or "")
 
-    def warnings(self) -> list[str]:
-        """Where phones could not be kept from the machine's own services."""
-        if self._network.is_closed:
-            return []
-        return ["Phones can reach this machine's own services: no firewall rule could be set for them."]
+    def is_exposed(self) -> bool:
+        """Whether no firewall rule could be set for the phones' network."""
+        return not self._network.is_closed
 
     def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
         """Pull the image unless the engine has it; one pull an image, however many wait for it."""
@@ -467,6 +465,8 @@ def _simulated(spec: PhoneSpec) -> dict[str, Any]:
     return {
         "Cmd": [f"--{name}={value}" for name, value in options.items()],
         "HostConfig": {
+            # A signal that comes before Python listens would be lost on a process that is the first one.
+            "Init": True,
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "ReadonlyRootfs": True,

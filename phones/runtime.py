@@ -128,8 +128,8 @@ class Runtime(Protocol):
     def trouble(self) -> str:
         """Why the machine does not answer, as far as is known without asking it; nothing where it does."""
 
-    def warnings(self) -> list[str]:
-        """What the machine's administrator has to know, a sentence each; nothing where all is well."""
+    def is_exposed(self) -> bool:
+        """Whether phones can reach the machine's own services, because they could not be kept from it."""
 
     def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
         """Bring the phone's image to the machine; yields the percentage that is there, from time to time.

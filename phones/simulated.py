@@ -128,9 +128,9 @@ class SimulatedRuntime:
         """Nothing, ever."""
         return ""
 
-    def warnings(self) -> list[str]:
-        """Nothing: simulated phones run nobody's code."""
-        return []
+    def is_exposed(self) -> bool:
+        """Never: simulated phones run nobody's code."""
+        return False
 
     async def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
         """Nothing to fetch: the simulated phone comes with this program."""

@@ -110,8 +110,8 @@ class Machine:
     def trouble(self) -> str:
         return ""
 
-    def warnings(self) -> list[str]:
-        return []
+    def is_exposed(self) -> bool:
+        return False
 
     async def fetch(self, spec: PhoneSpec) -> AsyncIterator[int]:
         return

@@ -44,6 +44,8 @@ PUBLIC_PORTS = N_(
     "Phones' ports are published on a public address. adb has no login: who reaches a port owns the phone."
 )
 
+EXPOSED = N_("Phones can reach this machine's own services: no firewall rule could be set for their network.")
+
 
 def _shown(request: web.Request, device: Rented) -> Device:
     devices = request.app[DEVICES]
@@ -213,9 +215,10 @@ def facts_of_page(request: web.Request) -> dict[str, object]:
     if devices.runtime.trouble():
         facts["runtime_away"] = True
     if caller is not None and caller.is_admin:
-        warnings = [PUBLIC_PORTS] if devices.is_public else []
-        texts = [*warnings, *devices.runtime.warnings()]
-        facts["warnings"] = [translate(pick_locale(request), text) for text in texts]
+        dangers = {PUBLIC_PORTS: devices.is_public, EXPOSED: devices.runtime.is_exposed()}
+        facts["warnings"] = [
+            translate(pick_locale(request), text) for text, holds in dangers.items() if holds
+        ]
     if caller is not None:
         states = [device.state for device in devices.of_owner(caller.user_id)]
         facts["phones"] = {"total": len(states), "running": states.count(DeviceState.RUNNING)}

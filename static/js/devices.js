@@ -3,12 +3,24 @@
 import { call } from "./api.js";
 import { setState } from "./badges.js";
 
+function show(card, { state, state_detail: words }) {
+  setState(card.querySelector(".state"), state);
+  const detail = card.querySelector("[data-state-detail]");
+  detail.textContent = words ?? "";
+  detail.hidden = !words;
+}
+
+function somethingPasses() {
+  const passing = ["creating", "starting", "stopping", "resetting", "deleting"];
+  return passing.some((state) => document.querySelector(`li[data-device-id] .state[data-state="${state}"]`));
+}
+
 async function refresh() {
   const { items } = await call("GET", "/api/v1/devices?limit=100", undefined, { quiet: true });
-  const states = new Map(items.map((device) => [device.id, device.state]));
+  const devices = new Map(items.map((device) => [device.id, device]));
   for (const card of document.querySelectorAll("li[data-device-id]")) {
-    const state = states.get(card.dataset.deviceId);
-    if (state) setState(card.querySelector(".state"), state);
+    const device = devices.get(card.dataset.deviceId);
+    if (device) show(card, device);
     else if (items.length < 100) card.remove();
   }
   if (!document.querySelector("li[data-device-id]") && document.querySelector("ul.grid")) location.reload();
@@ -19,3 +31,7 @@ document.addEventListener("live", () => refresh().catch(() => {}));
 document.addEventListener("device.state", ({ detail: { data } }) => {
   if (data.state === "deleted" || data.state === "deleting") refresh().catch(() => {});
 });
+// A place in a queue or the share of a download changes without a message.
+setInterval(() => {
+  if (!document.hidden && somethingPasses()) refresh().catch(() => {});
+}, 2000);

@@ -8,6 +8,7 @@ import { startShell } from "./shell.js";
 import { text } from "./strings.js";
 import { toast } from "./toast.js";
 
+const PASSING = new Set(["creating", "starting", "stopping", "resetting", "deleting"]);
 const page = document.getElementById("phone");
 const id = page.dataset.deviceId;
 const api = `/api/v1/devices/${id}`;
@@ -29,8 +30,22 @@ function show(state, detail) {
   notice.firstElementChild.className = `notice ${state === "failed" ? "error" : "info"}`;
   notice.querySelector("[data-state-detail]").textContent = detail ?? "";
   screen.follow(state);
+  showLog(state === "failed");
   if (state === "running" && (before !== "running" || !apps.started)) apps.refresh();
 }
+
+/** What the container of a phone that failed had to say, asked for once it is opened. */
+function showLog(failed) {
+  const log = page.querySelector("[data-log]");
+  log.hidden = !failed;
+  if (!failed) log.open = false;
+}
+
+page.querySelector("[data-log]").addEventListener("toggle", async ({ target }) => {
+  if (!target.open) return;
+  const { lines } = await call("GET", `${api}/log`);
+  target.querySelector("[data-log-lines]").textContent = lines.join("\n") || text("no_log");
+});
 
 function showPorts(ports) {
   const block = page.querySelector("[data-ports]");
@@ -70,6 +85,10 @@ document.addEventListener("device.state", ({ detail: { data } }) => {
   if (data.state === "deleted") gone();
   else refresh();
 });
+// A place in a queue or the share of a download changes without a message.
+setInterval(() => {
+  if (PASSING.has(page.dataset.state) && !document.hidden) refresh();
+}, 2000);
 // What happened between the making of the page and the first live message is asked for once.
 document.addEventListener("live", refresh);
 show(page.dataset.state, page.querySelector("[data-state-detail]").textContent);
