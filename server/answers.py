@@ -1,4 +1,7 @@
-"""The one middleware that turns what handlers raise into answers: problem documents, or pages."""
+"""The one middleware that turns what handlers raise into answers: problem documents, or pages.
+
+An answer that has begun cannot become another one: its connection is cut, so that its reader knows.
+"""
 
 from http import HTTPStatus
 
@@ -11,6 +14,7 @@ from server.errors import Code, Problem, as_problem, problem_response
 from server.i18n import pick_locale, translate
 from server.observe import log, request_id_of
 from server.pages import render
+from server.request_keys import BEGUN
 
 
 @web.middleware
@@ -27,9 +31,23 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         problem, headers = as_problem(error), {}
         if problem.code is Code.INTERNAL:
             log.exception("unforeseen error", extra={"route": request.path})
+    if (begun := request.get(BEGUN)) is not None:
+        return _cut_off(request, begun, problem)
     answered = await _page(request, problem) if _wants_page(request) else problem_response(request, problem)
     answered.headers.update(headers)
     return answered
+
+
+async def note_begun(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal handler: remember which answer is on its way."""
+    request[BEGUN] = response
+
+
+def _cut_off(request: web.Request, begun: web.StreamResponse, problem: Problem) -> web.StreamResponse:
+    log.info("answer broke off", extra={"route": request.path, "problem": problem.code.value})
+    if request.transport is not None:
+        request.transport.abort()
+    return begun
 
 
 def _wants_page(request: web.Request) -> bool:

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp_session.cookie_storage import EncryptedCookieStorage
 
 from server import idempotency
-from server.answers import answer_problems
+from server.answers import answer_problems, note_begun
 from server.api import MAX_JSON_BYTES, endpoint
 from server.auth import PUBLIC_ORIGIN
 from server.clock import Clock, Randomness, SystemClock, SystemRandomness
@@ -95,6 +95,7 @@ def build(
     app.cleanup_ctx.append(_jobs(plugins))
     _add_routes(app, plugins)
     app.on_response_prepare.append(mark_answer)
+    app.on_response_prepare.append(note_begun)
     app.on_shutdown.append(_close_sockets)
     return app
 

@@ -9,3 +9,5 @@ CALLER: Final[web.RequestKey[Any]] = web.RequestKey("CALLER", object)
 """server.auth's Caller, or None where nobody is signed in."""
 PAGE_CSRF: Final = web.RequestKey("PAGE_CSRF", str)
 """The token a page of this session carries in its forms."""
+BEGUN: Final[web.RequestKey[web.StreamResponse]] = web.RequestKey("BEGUN", web.StreamResponse)
+"""The answer that is on its way already."""

@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 from typing import Annotated
 from uuid import UUID
 
+import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import Field
 
-from server.api import Answer, Incoming, Outgoing, Page, PageQuery, Routes, from_cursor, to_cursor
+from server.api import Answer, Incoming, Outgoing, Page, PageQuery, Query, Routes, from_cursor, to_cursor
 from server.auth import AUTHENTICATOR, Access, Caller
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
@@ -84,6 +85,22 @@ async def get(request: web.Request, note_id: UUID) -> Note | Answer:
 @routes.api("GET", "/secret", access=Access.ADMIN)
 async def secret(request: web.Request) -> None:
     """For administrators."""
+
+
+class Tear(Query):
+    length: int
+    fault: str
+
+
+@routes.api("GET", "/torn", access=Access.PUBLIC, media="text/plain")
+async def torn(request: web.Request, query: Tear) -> web.StreamResponse:
+    """Half an answer."""
+    response = web.StreamResponse()
+    response.content_length = query.length or None
+    await response.prepare(request)
+    await response.write(b"half")
+    await asyncio.sleep(0.05)
+    raise Problem(Code.UNAVAILABLE) if query.fault == "problem" else RuntimeError("a bug")
 
 
 @asynccontextmanager
@@ -184,6 +201,22 @@ async def test_what_is_not_there_is_404_and_what_is_not_allowed_405(host: House)
                                                ("cursor=forged", 400), ("cursor=%00", 400)])  # fmt: skip
 async def test_a_bad_query_is_refused(host: House, query: str, status: int) -> None:
     assert (await client(host).get(f"/notes?{query}")).status == status
+
+
+@pytest.mark.parametrize("fault", ["problem", "bug"])
+@pytest.mark.parametrize("length", [0, 100])
+async def test_an_answer_that_breaks_off_is_cut_and_not_finished_as_another(
+    host: House, fault: str, length: int
+) -> None:
+    begun, received = False, b""
+    with pytest.raises(aiohttp.ClientError):
+        async with host.http.get(f"{host.url}/api/v1/torn?length={length}&fault={fault}") as response:
+            begun = response.status == 200
+            async for piece in response.content.iter_any():
+                received += piece
+    assert begun
+    assert received in {b"", b"half"}
+    assert (await client(host).get("/notes")).status == 200
 
 
 async def test_a_page_is_at_most_100(host: House) -> None:
