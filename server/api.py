@@ -17,6 +17,7 @@ from datetime import datetime
 from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, get_args
+from urllib.parse import parse_qsl
 
 import orjson
 from aiohttp import web
@@ -86,6 +87,13 @@ class Answer:
     status: int
 
 
+class Upload(StrEnum):
+    """A body that a handler reads from its request as it comes: the media type it takes."""
+
+    FORM = "multipart/form-data"
+    RAW = "*/*"
+
+
 class Kind(StrEnum):
     """What a route serves."""
 
@@ -107,7 +115,7 @@ class Route:
     problems: tuple[Code, ...]
     location: str | None
     media: str | None
-    upload: bool
+    upload: Upload | None
     tag: str
     body: type[BaseModel] | None
     query: type[BaseModel] | None
@@ -153,7 +161,7 @@ class Routes:
         problems: Sequence[Code] = (),
         location: str | None = None,
         media: str | None = None,
-        upload: bool = False,
+        upload: Upload | None = None,
     ) -> Callable[[Handler], Handler]:
         """Declare an operation of the JSON API; `media` where it answers something else than JSON."""
         return self._declare(
@@ -164,11 +172,11 @@ class Routes:
         self, path: str, *, access: Access, problems: Sequence[Code] = ()
     ) -> Callable[[Handler], Handler]:
         """Declare a WebSocket of the API."""
-        return self._declare(Kind.SOCKET, "GET", API_PREFIX + path, access, 101, problems, None, None, False)
+        return self._declare(Kind.SOCKET, "GET", API_PREFIX + path, access, 101, problems, None, None, None)
 
     def page(self, method: str, path: str, *, access: Access) -> Callable[[Handler], Handler]:
         """Declare a page of the dashboard, or the form it posts."""
-        return self._declare(Kind.PAGE, method, path, access, 200, (), None, "text/html", False)
+        return self._declare(Kind.PAGE, method, path, access, 200, (), None, "text/html", None)
 
     def _declare(
         self,
@@ -180,7 +188,7 @@ class Routes:
         problems: Sequence[Code],
         location: str | None,
         media: str | None,
-        upload: bool,
+        upload: Upload | None,
     ) -> Callable[[Handler], Handler]:
         def declare(handler: Handler) -> Handler:
             hints = inspect.get_annotations(handler, eval_str=True)
@@ -300,22 +308,30 @@ def _parse_body(raw: bytes, model: type[Model]) -> Model:
 
 def _parse_query(request: web.Request, model: type[Model] | None) -> Model:
     assert model is not None
-    values = dict(request.query)
+    # aiohttp keeps escaped bytes that are no UTF-8 as if somebody had meant the escapes themselves.
+    escaped = request.rel_url.raw_query_string
+    pairs = parse_qsl(escaped, keep_blank_values=True, errors="surrogateescape")
+    values = dict(reversed(pairs))  # the first of a name counts
     values.pop("ticket", None)
-    if any("\x00" in value or (not value.isascii() and _has_surrogates(value)) for value in values.values()):
+    if any(map(_is_unreadable, values)):
         raise Problem(Code.MALFORMED, N_("The query string cannot be read."))
+    unreadable = [name for name, value in values.items() if _is_unreadable(value)]
+    if unreadable:
+        raise Problem(Code.INVALID, errors=[(name, N_("This is no readable text.")) for name in unreadable])
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise invalid(error) from None
 
 
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _is_unreadable(text: str) -> bool:
+    return "\x00" in text or (
+        not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    )
 
 
 def _parse_part(text: str, wanted: type) -> object:
-    if "\x00" in text or _has_surrogates(text):
+    if _is_unreadable(text):
         raise not_found()
     try:
         return wanted(text)

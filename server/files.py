@@ -1,10 +1,11 @@
-"""Files on their way in and out: a multipart upload to disk, a stored object to the reader."""
+"""Files on their way in and out: uploads to disk or as they come, stored objects and streams to readers."""
 
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from aiohttp import BodyPartReader, hdrs, web
 
@@ -13,6 +14,8 @@ from server.i18n import N_
 from server.storage import Storage, content_disposition
 
 CHUNK_BYTES = 256 << 10
+STALL_S: Final = 30.0
+_AHEAD_BYTES = 64 << 10
 _MULTIPART_ROOM_BYTES = 1 << 20
 
 
@@ -47,6 +50,36 @@ async def receive_file(request: web.Request, path: Path, *, limit_mb: int) -> Re
     finally:
         await asyncio.to_thread(file.close)
     return ReceivedFile(path, size_bytes, digest.hexdigest())
+
+
+def receive_stream(request: web.Request, *, limit_mb: int) -> AsyncIterator[bytes]:
+    """A raw body of any media type, piece by piece; its sender waits while a piece is used.
+
+    Raises Problem: too_large (at once where the length is said), and while it is read, malformed for
+    a sender that leaves or is silent for 30 s.
+    """
+    too_large = Problem(Code.TOO_LARGE, N_("The file is larger than {limit} MB."), limit=limit_mb)
+    if (request.content_length or 0) > limit_mb << 20:
+        raise too_large
+    if hdrs.CONTENT_RANGE in request.headers:
+        raise Problem(Code.MALFORMED, N_("Send the whole file, without Content-Range."))
+    return _pieces(request, limit_mb << 20, too_large)
+
+
+async def _pieces(request: web.Request, limit_bytes: int, too_large: Problem) -> AsyncIterator[bytes]:
+    left = limit_bytes
+    while True:
+        try:
+            async with asyncio.timeout(STALL_S):
+                piece = await request.content.readany()
+        except TimeoutError:
+            raise Problem(Code.MALFORMED, N_("The rest of the file did not come in time.")) from None
+        if not piece:
+            return
+        left -= len(piece)
+        if left < 0:
+            raise too_large
+        yield piece
 
 
 async def _file_part(request: web.Request) -> BodyPartReader:
@@ -98,6 +131,62 @@ async def send_object(
         await response.write(chunk)
     await response.write_eof()
     return response
+
+
+async def send_stream(
+    request: web.Request, pieces: AsyncIterator[bytes], *, size_bytes: int, filename: str
+) -> web.StreamResponse:
+    """Stream a file that may be longer or shorter than it is said to be.
+
+    One of up to 64 KiB is answered with its true length, a longer one with the length it is said to have:
+    growing meanwhile does not make it longer, and where it ends before, the connection is cut. Where the
+    said length cannot be true the answer is chunked. What `pieces` raise within the first 64 KiB comes
+    before the answer begins, so that it can be answered. A reader who takes nothing for 30 s is cut off.
+    """
+    ahead, ended = await _read_ahead(pieces)
+    response = web.StreamResponse()
+    response.content_type = "application/octet-stream"
+    response.headers[hdrs.CONTENT_DISPOSITION] = content_disposition(filename)
+    response.headers[hdrs.CACHE_CONTROL] = "no-store"
+    response.headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
+    if ended:
+        response.content_length = len(ahead)
+    elif size_bytes > len(ahead):
+        response.content_length = size_bytes
+    await response.prepare(request)
+    await _send(response, ahead)
+    if not ended:
+        await _send_rest(response, pieces, sent_bytes=len(ahead))
+    await response.write_eof()
+    return response
+
+
+async def _read_ahead(pieces: AsyncIterator[bytes]) -> tuple[bytes, bool]:
+    """The first 64 KiB or more, and whether they are all there is."""
+    ahead = bytearray()
+    async for piece in pieces:
+        ahead += piece
+        if len(ahead) > _AHEAD_BYTES:
+            return bytes(ahead), False
+    return bytes(ahead), True
+
+
+async def _send_rest(response: web.StreamResponse, pieces: AsyncIterator[bytes], *, sent_bytes: int) -> None:
+    """Send up to the length that was promised. Raises ConnectionAbortedError where the file ends before."""
+    promised = response.content_length
+    async for piece in pieces:
+        if promised is not None and sent_bytes + len(piece) >= promised:
+            await _send(response, piece[: promised - sent_bytes])
+            return
+        await _send(response, piece)
+        sent_bytes += len(piece)
+    if promised is not None:
+        raise ConnectionAbortedError("the file ended before its length")
+
+
+async def _send(response: web.StreamResponse, piece: bytes) -> None:
+    async with asyncio.timeout(STALL_S):
+        await response.write(piece)
 
 
 def _wanted_range(request: web.Request, size_bytes: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.api import Kind, Route
+from server.api import Kind, Route, Upload
 from server.auth import Access
 from server.errors import Code
 
@@ -85,10 +85,13 @@ def _operation(route: Route, schemas: Any) -> dict[str, Any]:
     if route.body:
         schema = schemas[(route.body, "validation")]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    elif route.upload:
+    elif route.upload is Upload.FORM:
         file = {"type": "string", "contentMediaType": "application/octet-stream"}
         form = {"type": "object", "required": ["file"], "properties": {"file": file}}
-        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
+        operation["requestBody"] = {"required": True, "content": {route.upload.value: {"schema": form}}}
+    elif route.upload is Upload.RAW:
+        # Bytes that are no text have no schema.
+        operation["requestBody"] = {"required": True, "content": {route.upload.value: {}}}
     return operation
 
 

@@ -198,7 +198,9 @@ async def test_what_is_not_there_is_404_and_what_is_not_allowed_405(host: House)
 
 
 @pytest.mark.parametrize(("query", "status"), [("limit=0", 422), ("limit=x", 422), ("sort=id", 422),
-                                               ("cursor=forged", 400), ("cursor=%00", 400)])  # fmt: skip
+                                               ("cursor=forged", 400), ("cursor=%00", 422),
+                                               ("cursor=%ff", 422), ("%ff=1", 400), ("%00=1", 400),
+                                               ("limit=1&limit=x", 200)])  # fmt: skip
 async def test_a_bad_query_is_refused(host: House, query: str, status: int) -> None:
     assert (await client(host).get(f"/notes?{query}")).status == status
 

@@ -7,7 +7,7 @@ from aiohttp import web
 from plugins.apps.installations import INSTALLATIONS
 from plugins.apps.library import APK_TYPE, LIBRARY
 from plugins.apps.model import App, Installation, InstalledApps, NewInstallation
-from server.api import Answer, Page, PageQuery, Routes
+from server.api import Answer, Page, PageQuery, Routes, Upload
 from server.auth import Access, Caller
 from server.errors import Code
 from server.pages import render
@@ -15,7 +15,8 @@ from server.pages import render
 routes = Routes("apps")
 
 
-@routes.api("POST", "/apps", access=Access.USER, status=201, upload=True, location="/api/v1/apps/{id}",
+@routes.api("POST", "/apps", access=Access.USER, status=201, upload=Upload.FORM,
+            location="/api/v1/apps/{id}",
             problems=(Code.TOO_LARGE, Code.INVALID_APK, Code.UNSUPPORTED_MEDIA_TYPE))  # fmt: skip
 async def upload(request: web.Request, caller: Caller, new_id: UUID) -> App | Answer:
     """Upload an APK; one you have already is answered with 200."""
