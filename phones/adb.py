@@ -5,6 +5,7 @@ connect again (`AdbUnreachable`), to try again (`AdbTimeout`) or to give the ans
 """
 
 import asyncio
+import os
 import re
 import shlex
 import stat
@@ -50,6 +51,7 @@ __all__ = [
     "AdbTimeout",
     "AdbUnauthorized",
     "AdbUnreachable",
+    "FileRefused",
     "InstallRefused",
     "RemoteFile",
     "ShellResult",
@@ -62,6 +64,7 @@ _BANNER = "host::features=shell_v2,cmd,stat_v2,ls_v2,fixed_push_mkdir,sendrecv_v
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BATCH_BYTES = 12 * sync.CHUNK_BYTES
 _ENOENT = 2  # as the phone numbers it, whatever this machine runs
+_ERRNO_MAX = 4095
 
 
 class AdbTimeout(AdbFault):
@@ -70,6 +73,10 @@ class AdbTimeout(AdbFault):
 
 class AdbOverflow(AdbFault):
     """The phone sent more than the caller would take."""
+
+
+class FileRefused(AdbRefused):
+    """The phone does not read or write this file; the text is its reason."""
 
 
 class InstallRefused(AdbFault):
@@ -262,8 +269,7 @@ class AdbClient:
     ) -> int:
         """Write a file on the phone and return its size; directories above it are made.
 
-        `step_timeout_s` is for each wait for the phone, not for the source. Raises AdbRefused with the
-        phone's reason.
+        `step_timeout_s` is for each wait for the phone, not for the source. Raises FileRefused.
         """
         target = _path(path, extra=len(",33188"))
         written = 0
@@ -285,7 +291,7 @@ class AdbClient:
     async def pull(self, path: str, *, step_timeout_s: float = 30.0) -> AsyncGenerator[bytes, None]:
         """A file of the phone, piece by piece; the phone waits while a piece is used.
 
-        `step_timeout_s` is for each wait for the phone. Raises AdbRefused with the phone's reason.
+        `step_timeout_s` is for each wait for the phone. Raises FileRefused.
         """
         async with await self._open_sync(step_timeout_s) as stream:
             await _within(step_timeout_s, path, stream.write(sync.request(b"RECV", _path(path))))
@@ -293,7 +299,10 @@ class AdbClient:
                 yield await _within(step_timeout_s, path, stream.read_exactly(size))
 
     async def stat(self, path: str, *, timeout_s: float = 10.0) -> RemoteFile | None:
-        """What stands at `path`, links followed where the phone can; None when there is nothing."""
+        """What stands at `path`, links followed where the phone can; None when there is nothing.
+
+        Raises FileRefused where the phone does not say.
+        """
         name = path.rstrip("/").rpartition("/")[2] or "/"
         async with _deadline(timeout_s, path), await self._open_sync(timeout_s) as stream:
             if "stat_v2" not in self.features:
@@ -303,11 +312,16 @@ class AdbClient:
             await stream.write(sync.request(b"STA2", _path(path)))
             answer = sync.STAT2.unpack(await stream.read_exactly(sync.STAT2.size))
             if answer[1] not in (0, _ENOENT):
-                raise AdbRefused(f"{path}: error {answer[1]}")
+                raise FileRefused(_reason(answer[1]))
             return RemoteFile(name, answer[4], answer[8], answer[10]) if not answer[1] else None
 
-    async def list(self, path: str, *, timeout_s: float = 10.0) -> list[RemoteFile]:
-        """What a directory holds; nothing where there is no directory, as ADB cannot tell the two apart."""
+    async def list(
+        self, path: str, *, timeout_s: float = 10.0, max_entries: int = 100_000
+    ) -> list[RemoteFile]:
+        """What a directory holds; nothing where there is no directory, as ADB cannot tell the two apart.
+
+        Raises AdbOverflow when it holds more than `max_entries`.
+        """
         second = "ls_v2" in self.features
         record = sync.ENTRY2 if second else sync.ENTRY
         found: list[RemoteFile] = []
@@ -321,8 +335,11 @@ class AdbClient:
                     raise AdbGarbled("the phone sent no directory listing")
                 name = (await stream.read_exactly(fields[-1])).decode("utf-8", "surrogateescape")
                 mode, size, mtime = (fields[4], fields[8], fields[10]) if second else fields[1:4]
-                if name not in (".", ".."):
-                    found.append(RemoteFile(name, mode, size, mtime))
+                if name in (".", ".."):
+                    continue
+                if len(found) == max_entries:
+                    raise AdbOverflow(f"the directory holds more than {max_entries} entries")
+                found.append(RemoteFile(name, mode, size, mtime))
 
     @property
     def features(self) -> frozenset[str]:
@@ -342,16 +359,20 @@ def _banner_properties(banner: str) -> dict[str, str]:
 def _path(path: str, extra: int = 0) -> bytes:
     name = path.encode("utf-8", "surrogateescape")
     if b"\0" in name or not 0 < len(name) <= sync.PATH_MAX_BYTES - extra:
-        raise AdbRefused(f"a path has 1 to {sync.PATH_MAX_BYTES - extra} bytes and no NUL")
+        raise FileRefused(f"a path has 1 to {sync.PATH_MAX_BYTES - extra} bytes and no NUL")
     return name
 
 
+def _reason(number: int) -> str:
+    return os.strerror(number) if number <= _ERRNO_MAX else f"error {number}"
+
+
 async def _expect(stream: Stream, *words: bytes) -> int:
-    """Read one answer of the sync service and return its number. Raises AdbRefused for FAIL."""
+    """Read one answer of the sync service and return its number. Raises FileRefused for FAIL."""
     word, number = sync.REQUEST.unpack(await stream.read_exactly(sync.REQUEST.size))
     if word == b"FAIL":
         reason = await stream.read_exactly(min(number, sync.CHUNK_BYTES))
-        raise AdbRefused(reason.decode("utf-8", "replace"))
+        raise FileRefused(reason.decode("utf-8", "replace"))
     if word not in words or (word == b"DATA" and number > sync.CHUNK_BYTES):
         raise AdbGarbled(f"the phone answered {word!r}")
     return 0 if word == b"DONE" else int(number)

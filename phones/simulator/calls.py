@@ -132,25 +132,11 @@ class Call:
 Command = Callable[[Call], Awaitable[int]]
 
 
-class _Remembered:
-    """Content that is made up when it is read, such as /proc/uptime."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    async def read(self) -> bytes:
-        content, self._content = self._content, b""
-        return content
-
-
 async def open_source(phone: "Phone", path: str) -> Source:
-    """Open a file of the phone, or one that the kernel would make up. Raises PhoneFileError."""
+    """Open a file of the phone. Raises PhoneFileError."""
     path = resolve(path)
     if path == "/dev/null":
         return Nothing()
-    made_up = phone.kernel_file(path)
-    if made_up is not None:
-        return _Remembered(made_up.encode())
     source = FileSource(phone.files, path)
     await source.open()
     return source

@@ -96,14 +96,22 @@ class PhoneFile:
         return stat.S_ISDIR(self.mode)
 
 
+def _no_kernel(_path: str) -> None:
+    return None
+
+
 class PhoneFiles:
     """One phone's files under `root`, a directory of the host that belongs to this phone alone.
 
+    `kernel` gives the content of a path that is made up when it is read, such as /proc/version, or None.
     Every operation raises PhoneFileError and does its work in a thread; one that is cancelled ends
     its thread's step first. `reserve_bytes` of the host's disk are never used up.
     """
 
-    def __init__(self, root: Path, *, reserve_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, root: Path, *, kernel: Callable[[str], str | None] = _no_kernel, reserve_bytes: int = 64 << 20
+    ) -> None:
+        self._kernel = kernel
         self._tree = root / "tree"
         self._incoming = root / "incoming"
         self._reserve_bytes = reserve_bytes
@@ -126,9 +134,13 @@ class PhoneFiles:
 
     async def read(self, path: str, *, chunk_bytes: int = 1 << 20) -> AsyncIterator[bytes]:
         """A file's content, piece by piece."""
+        target = resolve(path)
+        if (made_up := self._kernel(target)) is not None:
+            yield made_up.encode()
+            return
         source = _OpenFile()
         try:
-            await _in_thread(self._open_to_read, source, resolve(path))
+            await _in_thread(self._open_to_read, source, target)
             while source.fd >= 0 and (chunk := await _in_thread(_read_chunk, source, chunk_bytes, path)):
                 yield chunk
         finally:
@@ -220,6 +232,9 @@ class PhoneFiles:
             return _link(path)
         if path == NULL_DEVICE:
             return PhoneFile("null", stat.S_IFCHR | 0o666, 0, 0, 0, 0, 1, 1)
+        if self._kernel(path) is not None:
+            # As the kernel does, it says no size of what it has not made up yet.
+            return PhoneFile(path.rpartition("/")[2], stat.S_IFREG | 0o444, 0, 0, 0, 0, 1, 1)
         if path == "/":
             with _translated(path):
                 return _described("/", "/", self._tree.stat())

@@ -65,7 +65,7 @@ class Phone:
         self.clock: Clock = clock or SystemClock()
         self._booted_at = self.clock.monotonic()
         self.model = model
-        self.files = PhoneFiles(directory / "files")
+        self.files = PhoneFiles(directory / "files", kernel=self.kernel_file)
         self.log = Log(self.clock)
         self.properties: dict[str, str] = _factory_properties(model)
         self.settings: dict[str, dict[str, str]] = _factory_settings(model)
