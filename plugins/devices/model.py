@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from phones.runtime import LOCAL_NODE, PhoneSpec, PortTriple, RuntimeName
 from plugins.devices.section import ImageSection, PlanSection
-from server.api import Incoming, Moment, Outgoing, PageQuery
+from server.api import Incoming, Moment, Outgoing, PageQuery, Query
 from server.db import Record
 from server.i18n import N_, translate
 
@@ -358,3 +358,42 @@ class ShellCommand(Incoming):
 
     command: Annotated[str, Field(min_length=1, max_length=32_768)]
     timeout_s: Annotated[float, Field(ge=1, le=300)] = 30
+
+
+MAX_PATH_BYTES: Final = 1000
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise PydanticCustomError("phone_path", N_("A path on the phone begins with /."))
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise PydanticCustomError("phone_path", N_("A path on the phone has at most 1000 bytes."))
+    return path
+
+
+class FileQuery(Query):
+    """Which file or directory of the phone: an absolute path of up to 1000 bytes."""
+
+    path: Annotated[
+        str,
+        AfterValidator(_absolute),
+        Field(json_schema_extra={"pattern": "^/", "maxLength": MAX_PATH_BYTES}),
+    ]
+
+
+class FileKind(StrEnum):
+    """What a directory's entry is."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    LINK = "link"
+    OTHER = "other"
+
+
+class PhoneFile(Outgoing):
+    """An entry of a directory on the phone; bytes of its name that are no UTF-8 are replaced."""
+
+    name: str
+    kind: FileKind
+    size_bytes: int
+    modified_at: Moment

@@ -65,6 +65,7 @@ class Devices:
         self.images: Final = {image.name: image for image in section.images}
         self.plans: Final = {plan.name: plan for plan in section.plans}
         self.bind_address: Final = section.bind_address
+        self.max_file_mb: Final = section.max_file_mb
         self._fleet = fleet
         self._links = links
         self._metering = metering

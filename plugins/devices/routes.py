@@ -7,7 +7,7 @@ from uuid import UUID
 from aiohttp import web
 from yarl import URL
 
-from plugins.devices import control
+from plugins.devices import control, files
 from plugins.devices.model import (
     Device,
     DeviceChanges,
@@ -17,17 +17,20 @@ from plugins.devices.model import (
     DeviceQuery,
     DeviceState,
     DeviceStats,
+    FileQuery,
     Gesture,
     NewDevice,
+    PhoneFile,
     Rented,
     ShellAnswer,
     ShellCommand,
     show,
 )
 from plugins.devices.room import DEVICES, Devices
-from server.api import Page, PageQuery, Routes
+from server.api import Page, PageQuery, Routes, Upload
 from server.auth import Access, Caller
 from server.errors import Code
+from server.files import receive_stream
 from server.forms import submit
 from server.i18n import N_, pick_locale, translate
 from server.interfaces import LEDGER, RANDOMNESS
@@ -156,6 +159,50 @@ async def touch(request: web.Request, caller: Caller, device_id: UUID, body: Ges
 async def shell(request: web.Request, caller: Caller, device_id: UUID, body: ShellCommand) -> ShellAnswer:
     """Run a command on the phone to its end."""
     return await control.shell(request.app[DEVICES], caller, device_id, body)
+
+
+@routes.api("GET", "/devices/{device_id}/files", access=Access.USER, media="application/octet-stream",
+            problems=TALK_PROBLEMS)  # fmt: skip
+async def read_file(
+    request: web.Request, caller: Caller, device_id: UUID, query: FileQuery
+) -> web.StreamResponse:
+    """Read a file on the phone, streamed as it comes.
+
+    A file of up to 64 KiB comes with its true length, a larger one with the length the phone says it has,
+    and where the phone says none, in chunks. One that grows meanwhile ends at that length. Where the file
+    becomes shorter or the phone goes away, the connection is cut: an answer that ends in order is whole.
+    404 `not_found` where there is no such file; 422 `invalid` for a directory, for what is no regular file,
+    and with the phone's reason where it refuses.
+    """
+    return await files.read(request.app[DEVICES], caller, device_id, query.path, request)
+
+
+@routes.api("PUT", "/devices/{device_id}/files", access=Access.USER, upload=Upload.RAW,
+            problems=(Code.TOO_LARGE, *TALK_PROBLEMS))  # fmt: skip
+async def write_file(request: web.Request, caller: Caller, device_id: UUID, query: FileQuery) -> None:
+    """Write a file on the phone: the body as it is, of any media type, streamed as it comes.
+
+    Replaces the file that stands there; directories above it are made; it is sent with mode 0644. Of a body
+    that breaks off, is too large or stays silent for 30 s nothing is kept, but Android may have let go of
+    the file that stood there. 413 `too_large` above `devices.max_file_mb`; 422 `invalid` with the phone's
+    reason where it refuses.
+    """
+    devices = request.app[DEVICES]
+    content = receive_stream(request, limit_mb=devices.max_file_mb)
+    await files.write(devices, caller, device_id, query.path, content)
+
+
+@routes.api("GET", "/devices/{device_id}/files/list", access=Access.USER, problems=TALK_PROBLEMS)
+async def list_files(
+    request: web.Request, caller: Caller, device_id: UUID, query: FileQuery
+) -> Page[PhoneFile]:
+    """A directory of the phone, all of it: directories first, by name.
+
+    404 `not_found` where there is nothing; 422 `invalid` for what is no directory, and for one of more than
+    10,000 entries. A directory that the phone does not let us read shows as empty.
+    """
+    found = await files.list_directory(request.app[DEVICES], caller, device_id, query.path)
+    return Page[PhoneFile](items=found)
 
 
 # Pages

@@ -86,6 +86,7 @@ class DevicesSection(Section):
     keep_stopped_days: Annotated[int, Field(ge=1, le=3650)] = 7
     start_deadline_s: Annotated[float, Field(gt=0, le=3600)] = 60
     operations_at_once: Annotated[int, Field(ge=1, le=64)] = 4
+    max_file_mb: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     images: tuple[ImageSection, ...] = (
         ImageSection(name="android-12", reference="redroid/redroid:12.0.0-latest"),
     )
