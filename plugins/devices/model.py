@@ -14,6 +14,7 @@ from phones.runtime import LOCAL_NODE, PhoneSpec, PortTriple, RuntimeName
 from plugins.devices.section import ImageSection, PlanSection
 from server.api import Incoming, Moment, Outgoing, PageQuery, Query
 from server.db import Record
+from server.errors import Code
 from server.i18n import N_, translate
 
 
@@ -397,3 +398,39 @@ class PhoneFile(Outgoing):
     kind: FileKind
     size_bytes: int
     modified_at: Moment
+
+
+class DeviceAction(StrEnum):
+    """What can be done to many devices at once, each by the rules of its single call."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+    RESET = "reset"
+    DELETE = "delete"
+
+
+class DeviceActions(Incoming):
+    """One action on many devices."""
+
+    action: DeviceAction
+    ids: Annotated[list[UUID], Field(min_length=1, max_length=100)]
+
+
+class ActionDone(Outgoing):
+    """The device took the action; `status` is what its single call answers."""
+
+    id: UUID
+    status: int
+
+
+class ActionRefused(ActionDone):
+    """The device did not take the action; `status` and `code` are those of its single call's problem."""
+
+    code: Code
+
+
+class ActionResults(Outgoing):
+    """What became of each device, in the order asked."""
+
+    results: list[ActionRefused | ActionDone]

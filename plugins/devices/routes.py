@@ -7,9 +7,11 @@ from uuid import UUID
 from aiohttp import web
 from yarl import URL
 
-from plugins.devices import control, files
+from plugins.devices import bulk, control, files
 from plugins.devices.model import (
+    ActionResults,
     Device,
+    DeviceActions,
     DeviceChanges,
     DeviceImage,
     DeviceLog,
@@ -126,6 +128,16 @@ async def restart(request: web.Request, caller: Caller, device_id: UUID) -> Devi
 async def reset(request: web.Request, caller: Caller, device_id: UUID) -> Device:
     """Throw a phone's data away. A running or failed one is started then, a stopped one stays stopped."""
     return _shown(request, await request.app[DEVICES].reset(caller, device_id))
+
+
+@routes.api("POST", "/devices/actions", access=Access.USER)
+async def act(request: web.Request, caller: Caller, body: DeviceActions) -> ActionResults:
+    """Start, stop, restart, reset or delete up to 100 phones at once.
+
+    Each result has the `status` that the phone's single call would have answered, and its problem's `code`
+    where that failed. Results come in the order asked; an id that is repeated is done and answered once.
+    """
+    return await bulk.act(request.app[DEVICES], caller, body.action, body.ids)
 
 
 @routes.api("GET", "/devices/{device_id}/stats", access=Access.USER, problems=TALK_PROBLEMS)
