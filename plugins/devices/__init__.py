@@ -9,9 +9,9 @@ one device at most, from before its phone starts until the machine says that the
 costs from the moment it runs until somebody asks for its end, to the second; nothing where it never
 came up, or for time in which nobody could see it run. Its owner hears of every change of state.
 
-`fleet` holds the rows and their mirror in memory, `room` the operations, `reconciler` carries them out in
-`turns` and mends by `repairs`, `metering` counts, `control` talks to a running phone, `machine` says where
-phones run and `checks` what that machine lacks.
+`fleet` holds the rows and their mirror in memory, `room` the operations, `bulk` many at once; `reconciler`
+carries them out in `turns` and mends by `repairs`; `metering` counts, `control` and `files` talk to a running
+phone, `machine` says where phones run and `checks` what that machine lacks.
 """
 
 import asyncio
