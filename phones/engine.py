@@ -18,7 +18,7 @@ import aiohttp
 from aiodocker import Docker, DockerError
 from yarl import URL
 
-from phones.runtime import PortTaken, RuntimeFault, RuntimeUnavailable
+from phones.runtime import MachineFault, PortTaken, RuntimeFault, RuntimeUnavailable
 
 DEFAULT_URL: Final = "unix:///var/run/docker.sock"
 CONNECT_DEADLINE_S: Final = 3.0
@@ -31,7 +31,9 @@ PULL_STALL_S: Final = 120.0
 _MAX_REASON = 300
 _PORT_TAKEN = re.compile(r":(\d+)(?: failed: port is already allocated|: bind: address already in use)")
 # What an engine says while it goes down, or when its containerd has gone before it.
-_ENDING = re.compile(r"shutting down|transport is closing|context canceled|containerd\.sock|grpc: the client")
+_ENDING = re.compile(
+    r"shutting down|transport is closing|context canceled|containerd\.sock|grpc: the client|database not open"
+)
 _NO_CONNECTION = 900  # aiodocker's own number
 
 
@@ -324,7 +326,7 @@ def _fault(error: DockerError, what: str) -> RuntimeFault:
         return PortTaken(int(taken[1]))
     if error.status >= 500 and _ENDING.search(text):
         return RuntimeUnavailable(f"the Docker engine is going down; it was to {what}")
-    return RuntimeFault(text)
+    return MachineFault(text) if error.status >= 500 else RuntimeFault(text)
 
 
 def _kept_alive(address: tuple[Any, ...]) -> socket.socket:

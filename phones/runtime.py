@@ -25,6 +25,10 @@ class RuntimeUnavailable(RuntimeFault):
     """The machine itself does not answer; the phone's fate is unknown, ask again later."""
 
 
+class MachineFault(RuntimeFault):
+    """The machine failed, or the phone did for no reason of its own: the machine may be going down."""
+
+
 class PortTaken(RuntimeFault):
     """Somebody else listens on one of the phone's ports; `port` is a host port."""
 

@@ -18,6 +18,7 @@ from uuid import UUID
 from phones.adb import AdbFault
 from phones.runtime import (
     FoundPhone,
+    MachineFault,
     PhoneStatus,
     PortTaken,
     Runtime,
@@ -44,6 +45,9 @@ PORT_TRIES: Final = 4
 MACHINE_TRIES: Final = 5
 """How often a start may fail for want of an answer while the machine answers otherwise."""
 RUNTIME_DEADLINE_S: Final = 60.0
+PATIENCE: Final = 2
+REVIVAL_PATIENCE: Final = 15
+"""For how many seconds a failure may turn out to be the end of the machine itself."""
 REPAIRS_AT_ONCE: Final = 16
 REMEMBERED_REPAIRS: Final = 1000
 REVIVAL_PAUSE: Final = timedelta(minutes=10)
@@ -399,6 +403,7 @@ class Reconciler:
 
     async def _step(self, device: Rented) -> None:
         """One state's work. Raises RuntimeUnavailable, to be tried again."""
+        epoch = self._runtime.epoch
         try:
             match device.state:
                 case DeviceState.CREATING | DeviceState.STARTING:
@@ -420,7 +425,25 @@ class Reconciler:
         except RuntimeFault as fault:
             if device.state is DeviceState.FAILED:
                 raise
+            if isinstance(fault, MachineFault) and await self._goes_away(device, epoch):
+                raise RuntimeUnavailable(str(fault)) from None
             await self._fail(device, Detail(TROUBLES[device.state], {"reason": str(fault)}))
+
+    async def _goes_away(self, device: Rented, epoch: int) -> bool:
+        """Whether the machine is going down, which is then why it failed.
+
+        One that does takes its phones along first, so that more patience is due to a phone that just died.
+        """
+        waits = REVIVAL_PATIENCE if device.revived_at else PATIENCE
+        for _ in range(waits):
+            await self._clock.sleep(1)
+            try:
+                await _soon(self._runtime.check())
+            except RuntimeUnavailable:
+                return True
+            if self._runtime.epoch != epoch:
+                return True
+        return False
 
     async def _bring_up(self, device: Rented) -> None:
         """Fetch, create, start, and wait for Android. The queue and the way of the image take their time."""
@@ -511,7 +534,7 @@ class Reconciler:
         """Raises RuntimeFault where the phone is down, or was meanwhile."""
         phone = await _soon(self._runtime.inspect(str(device.id)))
         if phone is None or phone.status is not PhoneStatus.RUNNING or phone.has_restarted:
-            raise RuntimeFault("it ended while it was starting")
+            raise MachineFault("it ended while it was starting")
         return phone
 
     async def _came_up(self, device: Rented, run: str) -> None:
