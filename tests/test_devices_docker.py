@@ -14,6 +14,7 @@ from plugins.devices import RECONCILER, repairs
 from server.interfaces import DATABASE
 from tests.apks import build_apk
 from tests.containers import DockerHouse, OpenDocker
+from tests.engine import Engine
 from tests.house import Client, port_ranges
 from tests.realadb import RealAdb
 from tests.renting import (
@@ -64,6 +65,18 @@ async def test_a_container_is_marked_limited_and_published_on_loopback_alone(
     assert 0 < stats["memory_bytes"] < stats["memory_limit_bytes"] == 512 << 20
     picture = await owner.get(f"/devices/{device['id']}/screenshot")
     assert picture.body.startswith(b"\x89PNG")
+
+
+async def test_the_ports_that_an_image_has_are_published(docker_house: OpenDocker, engine: Engine) -> None:
+    image = {"name": "android-12", "kind": "simulated", "reference": engine.image}
+    there = await docker_house(images=[{**image, "adb_port": 5556, "webrtc_port": 8443}])
+    owner = await there.house.sign_up()
+    device = await rented(owner)
+    bindings = (await there.inspect(device["id"]))["HostConfig"]["PortBindings"]
+    published = {inner: places[0]["HostPort"] for inner, places in bindings.items()}
+    ports = device["ports"]
+    assert published == {"5556/tcp": str(ports["adb"]), "8443/tcp": str(ports["webrtc"])}
+    assert ports["scrcpy"] not in published.values()
 
 
 async def _listening_at(port: int) -> set[str]:
