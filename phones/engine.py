@@ -117,7 +117,9 @@ class Engine:
             cpus=int(told["NCPU"]),
             memory_bytes=int(told["MemTotal"]),
             data_root=told["DockerRootDir"],
-            missing_images=tuple([name for name in references if not await self.has_image(name)]),
+            missing_images=tuple(
+                [name for name in dict.fromkeys(references) if not await self.has_image(name)]
+            ),
         )
 
     async def events(self, label: str) -> AsyncIterator[dict[str, Any]]:

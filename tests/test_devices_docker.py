@@ -42,7 +42,7 @@ async def test_a_container_is_marked_limited_and_published_on_loopback_alone(
     there = await docker_house()
     owner = await there.house.sign_up()
     device = await rented(owner)
-    assert device["runtime"] == "docker"
+    assert (device["runtime"], device["simulated"]) == ("docker", True)
     found = await there.inspect(device["id"])
     labels, host = found["Config"]["Labels"], found["HostConfig"]
     assert labels["cloudphone.installation"] == there.installation

@@ -184,7 +184,7 @@ class Ports(Outgoing):
 
 
 class Device(Outgoing):
-    """A rented phone."""
+    """A rented phone. A `simulated` one runs no app's code, wherever it runs itself."""
 
     id: UUID
     name: str
@@ -194,6 +194,7 @@ class Device(Outgoing):
     image: str
     plan: str
     runtime: RuntimeName
+    simulated: bool
     ports: Ports | None
     created_at: Moment
     started_at: Moment | None
@@ -224,6 +225,7 @@ def _shown(device: Rented, runtime: RuntimeName, locale: str) -> Device:
         image=device.image,
         plan=device.plan,
         runtime=runtime,
+        simulated=runtime == "simulated" or device.hardware.image_kind == "simulated",
         ports=Ports.model_construct(**asdict(ports)) if ports else None,
         created_at=device.created_at,
         started_at=device.started_at,
