@@ -493,3 +493,17 @@ async def test_a_row_that_memory_forgot_keeps_its_port(docker_house: OpenDocker)
     )
     other = await rented(owner)
     assert other["ports"]["webrtc"] not in {device["ports"]["webrtc"], device["ports"]["webrtc"] + 1}
+
+
+async def test_phones_deleted_while_they_are_made_leave_nothing(docker_house: OpenDocker) -> None:
+    there = await docker_house()
+    owner = await there.house.sign_up()
+    for pause_s in (0, 0.01, 0.03, 0.1, 0.2):
+        device_id = (await owner.post("/devices", WISH)).json["id"]
+        await asyncio.sleep(pause_s)
+        assert (await owner.delete(f"/devices/{device_id}")).status == 202
+        assert await becomes_gone(owner, device_id, wait=True)
+        assert await there.containers() == {}
+    assert await held_ports(there.house) == 0
+    mine = f"label=cloudphone.installation={there.installation}"
+    assert await there.docker("volume", "ls", "--quiet", "--filter", mine) == ""

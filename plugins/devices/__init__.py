@@ -17,7 +17,7 @@ phone, `machine` says where phones run and `checks` what that machine lacks.
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,7 +26,7 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from phones.ports import PortAllocator
-from phones.runtime import Runtime, RuntimeFault
+from phones.runtime import Runtime, RuntimeFault, RuntimeUnavailable
 from plugins.devices.checks import CHECKS
 from plugins.devices.fleet import Fleet, read_devices
 from plugins.devices.links import Links
@@ -161,14 +161,17 @@ def _free(fleet: Fleet, name: str) -> int:
 
 
 async def _reconcile(app: web.Application) -> None:
-    await app[RECONCILER].reconcile()
+    """Compare rows and machine; one that is away says so itself, and is asked when it is back."""
+    with suppress(RuntimeUnavailable):
+        await app[RECONCILER].reconcile()
 
 
 async def _meter(app: web.Application) -> None:
     """Charge, unless nobody could see the phones run: what they owe is charged once somebody can."""
-    await app[DEVICES].runtime.check()
-    if app[RECONCILER].vouches():
-        await app[METERING].meter()
+    with suppress(RuntimeUnavailable):
+        await app[DEVICES].runtime.check()
+        if app[RECONCILER].vouches():
+            await app[METERING].meter()
 
 
 async def _expire(app: web.Application) -> None:

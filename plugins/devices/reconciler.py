@@ -120,7 +120,7 @@ class Reconciler:
 
     async def close(self) -> None:
         """Break off what is under way; the rows remember it."""
-        self._closed = True
+        self._closed = self._steps.is_closing = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -6,11 +6,11 @@ of the device by then.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from phones.adb import AdbFault
@@ -38,6 +38,7 @@ from server.observe import log
 
 PORT_TRIES: Final = 4
 RUNTIME_DEADLINE_S: Final = 60.0
+LEFTOVER_DEADLINE_S: Final = 10.0
 PATIENCE: Final = 2
 REVIVAL_PATIENCE: Final = 15
 """For how many seconds a failure may turn out to be the end of the machine itself."""
@@ -74,6 +75,8 @@ class Steps:
     ) -> None:
         self.waits: Final[dict[UUID, Detail]] = {}
         """What devices wait for, but for their turn."""
+        self.is_closing = False
+        """Whether nobody waits for anything any more: the next start finds what was left."""
         self._turns = Turns(section.operations_at_once)
         self._runtime = runtime
         self._fleet = fleet
@@ -183,8 +186,8 @@ class Steps:
                 async with self._turn(device):
                     await self._end_restarted(device)
                     spec = current.spec(self._bind_address)
-                    await soon(self._runtime.create(spec))
-                    await soon(self._runtime.start(spec))
+                    await self._to_its_end(self._runtime.create(spec))
+                    await self._to_its_end(self._runtime.start(spec))
                 return True
             except PortTaken as taken:
                 tries += 1
@@ -192,6 +195,22 @@ class Steps:
                     raise
                 await self._take_other_ports(device, taken.port)
         return False
+
+    async def _to_its_end(self, making: Coroutine[Any, Any, None]) -> None:
+        """Make something at the machine; where that is not wanted any more, it is still waited for a while.
+
+        A machine goes on with what it was asked, and whoever removes the phone next must find it.
+        """
+        task = asyncio.create_task(soon(making))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not self.is_closing:
+                await asyncio.wait({task}, timeout=LEFTOVER_DEADLINE_S)
+            raise
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _end_restarted(self, device: Rented) -> None:
         """A phone that came up again by itself is started anew, so that its next end is seen too."""
