@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -114,6 +114,8 @@ class DockerRuntime:
         return self._pulls.follow(spec.image_reference)
 
     async def _require_built(self, reference: str) -> AsyncIterator[int]:
+        if not reference:
+            raise RuntimeFault("it has no container image: it was rented where phones are local processes")
         if not await self._pulls.has(reference):
             raise RuntimeFault(f"the phones' machine has no image {reference}; `make phone-image` builds it")
         return
@@ -155,7 +157,7 @@ class DockerRuntime:
         except PortTaken as taken:
             # It bears a port that is no use; the next try makes another.
             await self._engine.delete(self._name(spec.id))
-            if taken.port not in astriple(spec.ports):
+            if taken.port not in astuple(spec.ports):
                 raise RuntimeFault(f"the Docker engine says that port {taken.port} is taken") from None
             raise
 
@@ -179,7 +181,7 @@ class DockerRuntime:
             if found["State"]["Running"]:
                 raise RuntimeFault("a running phone cannot be wiped")
             await self._engine.delete(found["Id"])
-        await self._engine.delete_volume(self._volume(phone_id))
+        await self._delete_volume(phone_id)
 
     async def remove(self, phone_id: str) -> None:
         """Delete the phone's containers, whatever they are called, and its volume."""
@@ -187,7 +189,7 @@ class DockerRuntime:
         self._meters.drop(phone_id)
         for container in await self._engine.containers(self._ours, f"{DEVICE_LABEL}={phone_id}"):
             await self._engine.delete(container["Id"])
-        await self._engine.delete_volume(self._volume(phone_id))
+        await self._delete_volume(phone_id)
 
     async def discard(self, found: FoundPhone) -> None:
         """Delete this one container; the volume stays."""
@@ -331,7 +333,7 @@ class DockerRuntime:
                 ANDROID_LABEL: spec.android_version,
             },
         )
-        if labels.get(INSTALLATION_LABEL) != self._installation or labels.get(DEVICE_LABEL) != spec.id:
+        if not self._marks(labels, spec.id):
             raise RuntimeFault("a Docker volume that is not this phone's has its name")
         made_by = _major(labels.get(ANDROID_LABEL, ""))
         _refuse_downgrade(spec, made_by)
@@ -339,7 +341,7 @@ class DockerRuntime:
 
     def _config(self, spec: PhoneSpec) -> dict[str, Any]:
         config = _redroid(spec) if spec.image_kind == "redroid" else _simulated(spec)
-        published = dict(zip(astriple(spec.inner_ports), astriple(spec.ports), strict=True))
+        published = dict(zip(astuple(spec.inner_ports), astuple(spec.ports), strict=True))
         published.pop(0, None)
         host = config["HostConfig"] | _limits(spec)
         host |= {
@@ -375,8 +377,16 @@ class DockerRuntime:
         }
         return config
 
+    async def _delete_volume(self, phone_id: str) -> None:
+        labels = await self._engine.volume_labels(self._volume(phone_id))
+        if labels is not None and self._marks(labels, phone_id):
+            await self._engine.delete_volume(self._volume(phone_id))
+
     def _is_ours(self, found: Mapping[str, Any], phone_id: str) -> bool:
-        labels = found["Config"]["Labels"] or {}
+        return self._marks(found["Config"]["Labels"] or {}, phone_id)
+
+    def _marks(self, labels: Mapping[str, str], phone_id: str) -> bool:
+        """Whether these labels say that something is this phone's."""
         return labels.get(INSTALLATION_LABEL) == self._installation and labels.get(DEVICE_LABEL) == phone_id
 
     def _labels_of(self, found: Mapping[str, Any], phone_id: str) -> dict[str, str]:
@@ -423,11 +433,6 @@ class DockerRuntime:
             is_stray=f"/{self._name(phone_id)}" not in (one["Names"] or ()),
             is_altered=runs and is_altered,
         )
-
-
-def astriple(ports: PortTriple) -> tuple[int, int, int]:
-    """The ports in the order adb, webrtc, scrcpy."""
-    return ports.adb, ports.webrtc, ports.scrcpy
 
 
 def _redroid(spec: PhoneSpec) -> dict[str, Any]:

@@ -256,6 +256,15 @@ class Engine:
             volume = await self._client().volumes.create({"Name": name, "Labels": dict(labels)})
             return dict((await volume.show()).get("Labels") or {})
 
+    async def volume_labels(self, name: str) -> dict[str, str] | None:
+        """The labels of a volume; None where there is none."""
+        try:
+            async with _asking("describe the volume", ASK_DEADLINE_S):
+                volume = await self._client().volumes.get(name)
+                return dict((await volume.show()).get("Labels") or {})
+        except NotThere:
+            return None
+
     async def delete_volume(self, name: str) -> None:
         """Delete a volume with its data; one that is not there is no error."""
         try:

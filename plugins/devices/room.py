@@ -62,7 +62,11 @@ class Devices:
     ) -> None:
         self.runtime: Final = runtime
         self.runtime_reason: Final = runtime_reason
-        self.images: Final = {image.name: image for image in section.images}
+        self.images: Final = {
+            image.name: image
+            for image in section.images
+            if runtime.name == "simulated" or image.reference  # a container needs an image
+        }
         self.plans: Final = {plan.name: plan for plan in section.plans}
         self.bind_address: Final = section.bind_address
         self.max_file_mb: Final = section.max_file_mb
