@@ -31,23 +31,24 @@ class Turns:
             self._pass_on()
 
     async def _wait(self, device_id: UUID, queue: dict[UUID, asyncio.Future[None]]) -> None:
-        if self._free and not self._urgent and not self._waiting:
-            self._free -= 1
-            return
         turn = queue[device_id] = asyncio.get_running_loop().create_future()
+        self._hand_out()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            queue.pop(device_id, None)
+            if not turn.cancelled():
                 self._pass_on()  # it came in the very moment in which nobody wanted it any more
             raise
-        finally:
-            queue.pop(device_id, None)
 
     def _pass_on(self) -> None:
         self._free += 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
         for queue in (self._urgent, self._waiting):
             for device_id, turn in list(queue.items()):
+                # Who gives up stands in the queue until its task has run, and gets no turn.
                 if not turn.done() and self._free:
                     self._free -= 1
                     del queue[device_id]
