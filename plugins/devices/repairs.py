@@ -99,7 +99,9 @@ def _of_device(device: Rented, found: Mapping[str, FoundPhone]) -> Repair | None
 
 
 def _id_of(phone: FoundPhone) -> UUID | None:
+    """The device's id, unless it is spelled as we never spell one."""
     try:
-        return UUID(phone.id)
+        device_id = UUID(phone.id)
     except ValueError:
         return None
+    return device_id if str(device_id) == phone.id else None
