@@ -34,6 +34,11 @@ _PORT_TAKEN = re.compile(r":(\d+)(?: failed: port is already allocated|: bind: a
 _ENDING = re.compile(
     r"shutting down|transport is closing|context canceled|containerd\.sock|grpc: the client|database not open"
 )
+# What an engine says when it does not reach a registry, and when a program does not start.
+_UNREACHED = re.compile(r'(?:Get|Head) "https?://([^/"]+)[^"]*": (?:.*: )?(.+)')
+_UNSTARTED = re.compile(
+    r".*OCI runtime create failed: (?:.*container process(?: caused)?: )?(.*?)(?:: unknown)?"
+)
 _NO_CONNECTION = 900  # aiodocker's own number
 
 
@@ -127,17 +132,14 @@ class Engine:
 
         The first event is an empty one: from then on nothing is missed. Raises RuntimeUnavailable.
         """
-        # Not over aiodocker's events: those never tell why they ended, and leave a task behind.
         params = {"filters": json.dumps({"type": ["container"], "label": [label]})}
         with _translated("report what happens"):
             async with asyncio.timeout(ASK_DEADLINE_S):
                 response = await self._client()._do_query("events", "GET", params=params)
-            try:
+            async with _lines_of(response) as events:
                 yield {}
-                async for line in response.content:
-                    yield json.loads(line)
-            finally:
-                response.close()
+                async for event in events:
+                    yield event
 
     # Containers
 
@@ -226,29 +228,25 @@ class Engine:
 
         Raises RuntimeFault with the registry's reason, or when nothing moves for a while.
         """
-        layers: dict[str, tuple[int, int]] = {}
-        percent = 0
-        steps = aiter(self._client().images.pull(reference, stream=True))
-        while True:
-            with _translated("fetch the image"):
-                try:
-                    async with asyncio.timeout(PULL_STALL_S):
-                        step = await anext(steps)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    raise RuntimeFault(f"nothing arrived for {PULL_STALL_S:g} s") from None
-            size = step.get("progressDetail") or {}
-            if step.get("status") == "Downloading" and size.get("total"):
-                layers[step["id"]] = (size["current"], size["total"])
-            elif step.get("status") in {"Download complete", "Pull complete"} and step.get("id") in layers:
-                layers[step["id"]] = (layers[step["id"]][1],) * 2
-            there, whole = (
-                (sum(column) for column in zip(*layers.values(), strict=True)) if layers else (0, 0)
-            )
-            if whole and 100 * there // whole > percent:
-                percent = 100 * there // whole
-                yield percent
+        params = {"fromImage": reference}
+        if "@" not in reference and ":" not in reference.rpartition("/")[2]:
+            params["tag"] = "latest"  # none stands for all of them
+        progress, percent = _Progress(), 0
+        with _translated("fetch the image"):
+            async with _moving():
+                response = await self._client()._do_query("images/create", "POST", params=params)
+            async with _lines_of(response) as steps:
+                while True:
+                    async with _moving():
+                        step = await anext(steps, None)
+                    if step is None:
+                        return
+                    if "error" in step:
+                        raise DockerError(500, step["error"])
+                    there = progress.after(step)
+                    if there > percent:
+                        percent = there
+                        yield percent
 
     async def create_volume(self, name: str, labels: Mapping[str, str]) -> dict[str, str]:
         """Make a volume, or find it; the labels it has, which are those it was first made with."""
@@ -290,6 +288,28 @@ class Engine:
             return
 
 
+class _Progress:
+    """How much of an image is there. A layer's size is told when it begins to arrive."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, tuple[int, int]] = {}  # bytes that are there, and all of them
+
+    def after(self, step: Mapping[str, Any]) -> int:
+        """The percentage, once this is told; until then a layer counts as one of middling size."""
+        status, layer, size = step.get("status"), step.get("id", ""), step.get("progressDetail") or {}
+        if status == "Pulling fs layer":
+            self._layers[layer] = (0, 0)
+        elif status == "Downloading" and size.get("total"):
+            self._layers[layer] = (size["current"], size["total"])
+        elif status in {"Download complete", "Pull complete"} and layer in self._layers:
+            _, whole = self._layers.pop(layer)
+            if whole:
+                self._layers[layer] = (whole, whole)
+        sizes = [whole for _, whole in self._layers.values() if whole]
+        there = sum(part for part, _ in self._layers.values())
+        return 100 * there * len(sizes) // (sum(sizes) * len(self._layers)) if sizes else 0
+
+
 async def survey(url: str, references: Sequence[str]) -> Survey:
     """What an engine says of itself, over a connection of its own. Raises RuntimeUnavailable."""
     engine = Engine(url)
@@ -298,6 +318,33 @@ async def survey(url: str, references: Sequence[str]) -> Survey:
         return await engine.survey(references)
     finally:
         await engine.close()
+
+
+@asynccontextmanager
+async def _lines_of(response: aiohttp.ClientResponse) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    """An answer's JSON lines as they come. At the end of the block the engine sees that nobody listens.
+
+    aiodocker's own streams hide why they ended, and hold the connection until they are collected.
+    """
+
+    async def lines() -> AsyncIterator[dict[str, Any]]:
+        async for line in response.content:
+            yield json.loads(line)
+
+    try:
+        yield lines()
+    finally:
+        response.close()
+
+
+@asynccontextmanager
+async def _moving() -> AsyncIterator[None]:
+    """Raises RuntimeFault where a pull does not come one step further."""
+    try:
+        async with asyncio.timeout(PULL_STALL_S):
+            yield
+    except TimeoutError:
+        raise RuntimeFault(f"nothing arrived for {PULL_STALL_S:g} s") from None
 
 
 @asynccontextmanager
@@ -323,7 +370,7 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _fault(error: DockerError, what: str) -> RuntimeFault:
-    text = " ".join(error.message.split())[:_MAX_REASON]
+    text = _reason(error.message)
     if error.status == _NO_CONNECTION:
         denied = "Permission denied" in text
         return RuntimeUnavailable(
@@ -338,6 +385,16 @@ def _fault(error: DockerError, what: str) -> RuntimeFault:
     if error.status >= 500 and _ENDING.search(text):
         return RuntimeUnavailable(f"the Docker engine is going down; it was to {what}")
     return MachineFault(text) if error.status >= 500 else RuntimeFault(text)
+
+
+def _reason(message: str) -> str:
+    """An engine's words in one line, without the way they took through its parts."""
+    text = " ".join(message.split())
+    if unreached := _UNREACHED.fullmatch(text):
+        text = ": ".join(unreached.groups())
+    elif unstarted := _UNSTARTED.fullmatch(text):
+        text = unstarted[1]
+    return text[:_MAX_REASON]
 
 
 def _kept_alive(address: tuple[Any, ...]) -> socket.socket:

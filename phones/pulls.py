@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from phones.engine import Engine
@@ -15,7 +15,6 @@ TELL_EVERY_S: Final = 1.0
 class _Pull:
     task: "asyncio.Task[None] | None" = None
     percent: int = 0
-    waiting: set[object] = field(default_factory=set)
 
 
 class Pulls:
@@ -53,6 +52,7 @@ class Pulls:
         if pull is None:
             pull = self._under_way[reference] = _Pull()
             pull.task = asyncio.create_task(self._fetch(reference, pull))
+            pull.task.add_done_callback(_hear)
         assert pull.task is not None
         while not pull.task.done():
             yield pull.percent
@@ -74,3 +74,9 @@ class Pulls:
             raise RuntimeFault(f"the image {reference} cannot be had: {fault}") from None
         finally:
             del self._under_way[reference]
+
+
+def _hear(task: asyncio.Task[None]) -> None:
+    """Take note of how a pull ended, as everybody who waited for it may have gone."""
+    if not task.cancelled():
+        task.exception()
