@@ -5,7 +5,7 @@ import gc
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -205,9 +205,9 @@ async def test_a_pull_that_fails_when_nobody_waits_any_more_says_nothing(
     monkeypatch.setattr(engine_door, "PULL_STALL_S", 0.3)
     async with open_registry() as registry:
         registry.stalls_after = 100_000
-        async with aclosing(pulls.follow(registry.reference)) as following:
-            await anext(following)
+        waiting = asyncio.create_task(followed(pulls, registry.reference))
         await arrives(registry)
+        waiting.cancel()
         await asyncio.sleep(0.6)
         assert await asyncio.to_thread(gc.collect) >= 0
         assert complaints == []
