@@ -359,10 +359,3 @@ async def test_an_address_that_is_not_this_machines_stops_the_start(open_house: 
     with pytest.raises(PluginFault, match="listen") as fault:
         await open_house(devices={"bind_address": "10.255.255.1"})
     assert "\n" not in str(fault.value)
-
-
-async def test_auto_simulates_and_says_why(open_house: Open) -> None:
-    house = await open_house(devices={"runtime": "auto"})
-    owner = await house.sign_up()
-    page = (await owner.get("//devices/new")).body.decode()
-    assert any(reason in page for reason in ("No Docker engine", "lacks binder"))
