@@ -95,3 +95,31 @@ async def test_simulated_phones_give_way_to_containers(docker_house: OpenDocker)
     assert (await owner.get(f"/devices/{stopped['id']}")).json["state"] == "stopped"
     assert list(await there.containers()) == [there.name_of(running["id"])]
     assert (await act(owner, stopped["id"], "start", "running"))["runtime"] == "docker"
+
+
+async def test_containers_give_way_to_simulated_phones(docker_house: OpenDocker) -> None:
+    there = await docker_house()
+    owner = await there.house.sign_up()
+    device = await rented(owner)
+    await set_again(there, runtime="simulated")
+    assert list((await there.containers()).values()) == ["exited"], "its data stays with it"
+
+    async def came_up() -> bool:
+        again = (await owner.get(f"/devices/{device['id']}")).json
+        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
+
+    await until(came_up)
+    again = (await owner.get(f"/devices/{device['id']}")).json
+    assert (again["runtime"], again["ports"]) == ("simulated", device["ports"])
+    assert lives(process_of(there.house, device["id"]))
+
+
+async def test_a_server_that_simulates_starts_though_the_engine_of_its_phones_is_away(
+    docker_house: OpenDocker,
+) -> None:
+    there = await docker_house()
+    owner = await there.house.sign_up()
+    device = await rented(owner)
+    await set_again(there, runtime="simulated", docker_url=NOWHERE)
+    again = await settled(owner, device["id"], "running")
+    assert again["runtime"] == "simulated"

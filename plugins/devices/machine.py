@@ -54,10 +54,14 @@ async def choose(database: Database, data_dir: Path, section: DevicesSection) ->
     stays = row["runtime"] if has_devices else None
     name, reason = await _pick(section, stays)
     await database.execute("UPDATE device_installation SET runtime = $1", name)
-    if name == "simulated":
-        return Machine(SimulatedRuntime(data_dir), reason, section.docker_url)
-    await _end_simulated(data_dir)
-    return Machine(_docker(section, row["id"]), "", section.docker_url)
+    simulated, docker = SimulatedRuntime(data_dir), _docker(section, row["id"])
+    if name == "docker":
+        if await asyncio.to_thread(data_dir.is_dir):
+            await _end(simulated)
+        return Machine(docker, "", section.docker_url)
+    if stays == "docker":
+        await _end(docker)
+    return Machine(simulated, reason, section.docker_url)
 
 
 async def would_run(section: DevicesSection) -> str:
@@ -101,17 +105,16 @@ async def _pick(section: DevicesSection, stays: str | None) -> tuple[RuntimeName
     return "docker", ""
 
 
-async def _end_simulated(data_dir: Path) -> None:
-    """Stop the simulated phones that containers take the place of; what they hold stays on the disk."""
-    if not await asyncio.to_thread(data_dir.is_dir):
-        return
-    simulated = SimulatedRuntime(data_dir)
+async def _end(runtime: Runtime) -> None:
+    """Stop the phones of a machine that another takes the place of; what they hold stays there."""
     try:
         async with asyncio.timeout(SWEEP_DEADLINE_S):
-            await simulated.open()
-            for phone in await simulated.list():
-                await simulated.stop(phone.id)
+            await runtime.open()
+            stops = [runtime.stop(phone.id) for phone in await runtime.list()]
+            for fault in await asyncio.gather(*stops, return_exceptions=True):
+                if fault is not None:
+                    raise fault
     except (RuntimeFault, TimeoutError) as fault:
-        log.warning("simulated phones may still run", extra={"error": str(fault)})
+        log.warning("phones may still run elsewhere", extra={"runtime": runtime.name, "error": str(fault)})
     finally:
-        await simulated.close()
+        await runtime.close()
