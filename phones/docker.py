@@ -49,6 +49,7 @@ PROBE_AWAY_EVERY_S: Final = 1.0
 STOP_GRACE_S: Final = 10
 INSPECTIONS_AT_ONCE: Final = 16
 CREATE_TRIES: Final = 3
+STILL_REMOVED: Final = "the phone's last container is still being removed"
 _MAX_LINE = 2000
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\t\u00a0-\U0010ffff]")
 
@@ -144,7 +145,7 @@ class DockerRuntime:
                 if labels.get(SPEC_LABEL) == config["Labels"][SPEC_LABEL]:
                     return
                 await self._engine.delete(found["Id"])
-        raise RuntimeUnavailable("the phone's last container is still being removed")
+        raise RuntimeUnavailable(STILL_REMOVED)
 
     async def start(self, spec: PhoneSpec) -> None:
         """Start the container. Raises PortTaken, RuntimeFault."""
@@ -154,6 +155,8 @@ class DockerRuntime:
         except NotThere:
             self._network.forget()
             raise RuntimeUnavailable("the phone's container or network has gone") from None
+        except NameTaken:
+            raise RuntimeUnavailable(STILL_REMOVED) from None
         except PortTaken as taken:
             # It bears a port that is no use; the next try makes another.
             await self._engine.delete(self._name(spec.id))

@@ -229,6 +229,24 @@ async def test_a_paused_phone_answers_nobody_and_can_be_stopped_and_removed(ther
     assert await there.runtime.list() == []
 
 
+async def test_a_phone_whose_container_is_just_being_removed_is_to_be_asked_for_again(there: There) -> None:
+    spec, asked_again = await there.up(), 0
+    for _ in range(5):
+        removing = asyncio.create_task(there.docker("rm", "--force", there.name_of(spec.id)))
+        while not removing.done():
+            try:
+                await there.runtime.create(spec)
+                await there.runtime.start(spec)
+            except RuntimeUnavailable:
+                asked_again += 1
+        await removing
+        await there.runtime.create(spec)
+        await there.runtime.start(spec)
+    assert asked_again
+    (found,) = await there.runtime.list()
+    assert found.status is PhoneStatus.RUNNING
+
+
 async def test_a_volume_that_is_somebody_elses_is_not_used(there: There) -> None:
     for label in ("other=label", f"{INSTALLATION_LABEL}={there.installation}", f"{DEVICE_LABEL}=other"):
         spec = there.spec()
