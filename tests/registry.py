@@ -24,7 +24,7 @@ PART: Final = 1 << 14
 
 
 class Registry:
-    """A registry with one image, tag 1, of random bytes that no engine can have yet."""
+    """A registry with one image, tagged 1 and latest, of random bytes that no engine can have yet."""
 
     def __init__(self, layer_sizes: Sequence[int]) -> None:
         layers = [_layer(size) for size in layer_sizes]
@@ -86,7 +86,7 @@ class Registry:
 
     async def _give_manifest(self, request: web.Request) -> web.Response:
         # By its tag first, then by its digest.
-        if request.match_info["name"] not in {"1", _digest(self._manifest)}:
+        if request.match_info["name"] not in {"1", "latest", _digest(self._manifest)}:
             return _error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         return self._refusal() or web.Response(
             body=self._manifest,

@@ -102,6 +102,20 @@ async def test_progress_rises_to_the_end_and_then_the_image_is_there(
         await door.close()
 
 
+async def test_an_image_without_a_tag_is_the_latest(
+    engine: Engine, pulls: Pulls, open_registry: OpenRegistry
+) -> None:
+    async with open_registry() as registry:
+        untagged = registry.reference.removesuffix(":1")
+        try:
+            await followed(pulls, untagged)
+            assert await pulls.has(untagged)
+            tags = ("image", "ls", "--format", "{{.Tag}}", untagged)
+            assert await docker(*tags, url=engine.url) == "latest"
+        finally:
+            await docker("image", "rm", f"{untagged}:latest", url=engine.url)
+
+
 async def test_a_small_layer_that_comes_first_does_not_pass_for_the_whole_image(
     engine: Engine, pulls: Pulls, open_registry: OpenRegistry
 ) -> None:
