@@ -47,7 +47,7 @@ from phones import image
 from phones.docker import DEVICE_LABEL, INSTALLATION_LABEL
 from phones.engine import Engine
 from phones.runtime import RuntimeUnavailable
-from plugins.devices import RECONCILER, reconciler
+from plugins.devices import RECONCILER, steps
 from plugins.devices.model import Hardware
 from plugins.devices.room import DEVICES
 from plugins.devices.section import DevicesSection, ImageSection
@@ -200,8 +200,8 @@ class Bare:
             Job(
                 self._url,
                 AT_ONCE,
-                reconciler._FIRST_POLL_S,
-                reconciler._LAST_POLL_S,
+                steps.FIRST_POLL_S,
+                steps.LAST_POLL_S,
                 self._containers[:count],
             )
         )

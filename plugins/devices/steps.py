@@ -43,8 +43,8 @@ PATIENCE: Final = 2
 REVIVAL_PATIENCE: Final = 15
 """For how many seconds a failure may turn out to be the end of the machine itself."""
 TELL_EVERY_PERCENT: Final = 10
-_FIRST_POLL_S = 0.05
-_LAST_POLL_S = 1.0
+FIRST_POLL_S = 0.05
+LAST_POLL_S = 1.0
 _ASK_DEADLINE_S = 5.0
 
 TROUBLES: Final = {
@@ -235,7 +235,7 @@ class Steps:
 
         None when something else is wanted meanwhile. Raises RuntimeFault.
         """
-        pause_s = _FIRST_POLL_S
+        pause_s = FIRST_POLL_S
         while (current := self.same_intent(device)) is not None:
             try:
                 link = await self._links.to(current)
@@ -246,7 +246,7 @@ class Steps:
                 with suppress(RuntimeUnavailable):
                     await self._alive(device)
             await self._clock.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_POLL_S)
+            pause_s = min(2 * pause_s, LAST_POLL_S)
         return None
 
     async def _alive(self, device: Rented) -> FoundPhone:
