@@ -17,7 +17,7 @@ from tests.process import ServerProcess, server_process
 from tests.renting import WISH
 from tests.servers import Servers
 
-KILLS = int(os.environ.get("CLOUDPHONE_KILLS", "5"))
+KILLS = int(os.environ.get("TEST_KILLS", "5"))
 """How often the server is killed; CI does so more often."""
 AGREE_S = 15.0
 MOST_PHONES = 6
