@@ -32,7 +32,7 @@ PLAN = {
 }
 DEVICE = {
     "id": "6f1c", "name": NASTY, "state": "failed", "state_detail": NASTY, "image": "android-12",
-    "plan": "basic", "runtime": "simulated", "ports": None, "created_at": NOW,
+    "plan": "basic", "runtime": "simulated", "simulated": True, "ports": None, "created_at": NOW,
 }  # fmt: skip
 RUNNING = DEVICE | {
     "state": "running",
@@ -123,7 +123,7 @@ PAGES: list[tuple[str, bool, Mapping[str, object]]] = [
     ("error.html", True, {"status": 500, "title": "x", "detail": "", "request_id": ""}),
 ]
 FACTS = {
-    "unread": 2, "last_notification_id": 3, "balance": 1000, "currency": "CNY", "runtime": "simulated",
+    "unread": 2, "last_notification_id": 3, "balance": 1000, "currency": "CNY", "runtime": "simulated", "runtime_away": True, "warnings": [NASTY],
     "runtime_reason": NASTY, "phones": {"total": 0, "running": 0}, "recent_notifications": [NOTE],
 }  # fmt: skip
 
