@@ -123,7 +123,8 @@ PAGES: list[tuple[str, bool, Mapping[str, object]]] = [
     ("error.html", True, {"status": 500, "title": "x", "detail": "", "request_id": ""}),
 ]
 FACTS = {
-    "unread": 2, "last_notification_id": 3, "balance": 1000, "currency": "CNY", "runtime": "simulated", "runtime_away": True, "warnings": [NASTY],
+    "unread": 2, "last_notification_id": 3, "balance": 1000, "currency": "CNY", "runtime": "simulated",
+    "runtime_away": True, "warnings": [NASTY],
     "runtime_reason": NASTY, "phones": {"total": 0, "running": 0}, "recent_notifications": [NOTE],
 }  # fmt: skip
 
