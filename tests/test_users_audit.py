@@ -118,7 +118,7 @@ async def test_a_forged_question_is_refused(house: House, boss: Client) -> None:
         assert (reply.status, reply.code) == (400, "malformed"), cursor
     for query in ({"limit": "0"}, {"limit": "x"}, {"action": "x" * 101}, {"actor": "x"}):
         assert (await boss.get("/audit", params=query)).status == 422, query
-    assert (await boss.get("/audit?action=%00")).status == 400
+    assert (await boss.get("/audit?action=%00")).status == 422
 
 
 async def test_nobody_else_reads_it(house: House) -> None:
