@@ -78,6 +78,7 @@ AIM_RATIO: Final = 1.10
 ROWS: Final = 1000
 STARTS: Final = 3
 COMPARISONS: Final = 5
+ROWS_DEADLINE_S: Final = 90.0
 SETTLE_S: Final = 1.0
 AIM_S: Final = 1.0
 
@@ -364,11 +365,11 @@ async def measure_rows() -> None:
     phones = [_phone(number) for number in range(ROWS)]
     # The timer's runs would come in between.
     plugins = [replace(plugin, jobs=()) if plugin.name == "devices" else plugin for plugin in PLUGINS]
-    async with AsyncExitStack() as stack:
+    async with asyncio.timeout(ROWS_DEADLINE_S), AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rows-")))
         url = await stack.enter_async_context(fake_engine(folder, str(installation), phones))
         servers = Servers.start()
-        stack.push_async_callback(asyncio.to_thread, servers.stop)
+        stack.push_async_callback(asyncio.to_thread, _end, servers)
         # The ranges that a server has by default, in place of the few ports of a test.
         ranges = {name: getattr(DevicesSection(), name) for name in PORTS}
         sections = {"devices": {"runtime": "docker", "docker_url": url, **ranges}}
@@ -383,6 +384,14 @@ async def measure_rows() -> None:
         await asyncio.sleep(SETTLE_S)  # the engine's "back" has the reconciler compare once more
         laters = [await _compare(house) for _ in range(COMPARISONS)]
         _print_rows(firsts, laters)
+
+
+def _end(servers: Servers) -> None:
+    """Stop them, and leave nothing behind where Ctrl-C met them in the middle of their start. Blocking."""
+    try:
+        servers.stop()
+    finally:
+        shutil.rmtree(servers._data_dir, ignore_errors=True)
 
 
 def _phone(number: int) -> FakePhone:
