@@ -206,6 +206,7 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     _check_end_record(path)
     try:
         archive = zipfile.ZipFile(path)
+    # NotImplementedError is what zipfile says of a version of the format that it does not know.
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError):
         raise InvalidApk("the file is damaged: its zip directory cannot be read") from None
     entries = archive.infolist()
@@ -267,6 +268,7 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
             raise InvalidApk("its {name} is packed in a way Android does not know", name=name)
         with archive.open(name) as file:
             content = file.read(limit + 1)
+    # NotImplementedError is what zipfile says of encryption and patches that it does not know.
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError, KeyError):
         raise InvalidApk("the file is damaged: its {name} cannot be unpacked", name=name) from None
     if len(content) > limit:

@@ -49,8 +49,8 @@ class Engine:
     image: str
 
 
-def _unavailable(reason: str) -> NoReturn:
-    """Skip the test; in CI, where everything has to be there, fail it."""
+def unavailable(reason: str) -> NoReturn:
+    """Skip a test for want of what a newcomer may not have; in CI, where all has to be there, fail it."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -92,12 +92,12 @@ def machine_url() -> str:
 def engine() -> Engine:
     """The machine's engine, with a phone image that this checkout's sources made."""
     if shutil.which("docker") is None:
-        _unavailable(f"there is no docker command: {HELP}")
+        unavailable(f"there is no docker command: {HELP}")
     url = machine_url()
     try:
         _apart(docker("version", deadline_s=10.0))
     except (RuntimeError, TimeoutError) as fault:
-        _unavailable(f"no Docker engine answers at {url} ({fault}): {HELP}")
+        unavailable(f"no Docker engine answers at {url} ({fault}): {HELP}")
     reference = f"{TEST_NAME}:test-{_fingerprint()}"
     # One test process builds, the others wait for it.
     with (Path(tempfile.gettempdir()) / f"cloudphone-image-{os.getuid()}.lock").open("w") as lock:
@@ -384,9 +384,9 @@ async def private_engine() -> AsyncIterator[StartEngine]:
         if shutil.which(name) is None
     ]
     if lacking:
-        _unavailable(f"there is no {lacking[0]}: install docker.io and iproute2, or run .ci/run, which does")
+        unavailable(f"there is no {lacking[0]}: install docker.io and iproute2, or run .ci/run, which does")
     if os.geteuid() != 0:
-        _unavailable("only root can start an engine of its own: run the tests as root")
+        unavailable("only root can start an engine of its own: run the tests as root")
     engines: list[PrivateEngine] = []
 
     async def start_one(*, live_restore: bool = False) -> PrivateEngine:

@@ -20,7 +20,7 @@ from phones.network import PhoneNetwork
 from phones.ports import PortAllocator
 from phones.runtime import PhoneSpec, PhoneStatus, PortTaken, PortTriple, RuntimeFault, RuntimeUnavailable
 from tests.containers import sweep
-from tests.engine import Engine, docker
+from tests.engine import Engine, docker, unavailable
 from tests.house import port_ranges
 from tests.renting import until
 
@@ -391,7 +391,7 @@ async def rules(there: There) -> list[str]:
 def as_root() -> Iterator[None]:
     """For tests that look at the firewall."""
     if os.geteuid() != 0:
-        pytest.skip("only root sees the firewall's rules")
+        unavailable("only root sees the firewall's rules: run the tests as root")
     yield
 
 
