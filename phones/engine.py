@@ -12,15 +12,17 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, Final
 
 import aiohttp
 from aiodocker import Docker, DockerError
 from yarl import URL
 
+from phones.host import ENGINE_SOCKET
 from phones.runtime import MachineFault, PortTaken, RuntimeFault, RuntimeUnavailable
 
-DEFAULT_URL: Final = "unix:///var/run/docker.sock"
+DEFAULT_URL: Final = f"unix://{ENGINE_SOCKET}"
 CONNECT_DEADLINE_S: Final = 3.0
 PING_DEADLINE_S: Final = 3.0
 ASK_DEADLINE_S: Final = 10.0
@@ -410,5 +412,12 @@ def _kept_alive(address: tuple[Any, ...]) -> socket.socket:
 
 
 def host_of(url: str) -> str:
-    """Where an engine's published ports are reached when it is another machine; empty for this one."""
-    return "" if not url or url.startswith("unix://") else (URL(url).host or "")
+    """The machine that an engine is on, where that is another one; empty for this one."""
+    if not url or url.startswith("unix://"):
+        return ""
+    name = URL(url).host or ""
+    try:
+        is_here = ip_address(name).is_loopback
+    except ValueError:
+        is_here = name in {"", "localhost"}
+    return "" if is_here else name

@@ -34,10 +34,10 @@ from typing import IO, Final
 
 import aiohttp
 
+from phones.engine import DEFAULT_URL
 from phones.simulator import fonts
 
 DEFAULT_REFERENCE: Final = "cloudphone/simulated-phone:latest"
-DEFAULT_URL: Final = "unix:///var/run/docker.sock"
 LABEL: Final = "cloudphone.phone=simulated"
 USER_ID: Final = 2000
 

@@ -37,6 +37,17 @@ class SystemClock:
         await asyncio.sleep(seconds)
 
 
+async def sleep_unless(rung: asyncio.Event, clock: Clock, seconds: float) -> None:
+    """Wait, but no longer than until `rung` is set."""
+    ringing = asyncio.ensure_future(rung.wait())
+    sleeping = asyncio.ensure_future(clock.sleep(seconds))
+    try:
+        await asyncio.wait({ringing, sleeping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ringing.cancel()
+        sleeping.cancel()
+
+
 class Randomness(Protocol):
     """Where ids and secrets come from."""
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 import aiojobs
 from aiohttp import web
 
-from server.clock import Clock
+from server.clock import Clock, sleep_unless
 from server.observe import Metrics, log
 
 WORK_LIMIT = 64
@@ -70,16 +70,7 @@ class Jobs:
             except Exception as error:
                 log.warning("job failed", extra={"job": name, "error": f"{type(error).__name__}: {error}"})
             self._metrics.jobs.labels(name, outcome).inc()
-            await self._wait(bell, every_s)
-
-    async def _wait(self, bell: asyncio.Event, every_s: float) -> None:
-        ringing = asyncio.ensure_future(bell.wait())
-        sleeping = asyncio.ensure_future(self._clock.sleep(every_s))
-        try:
-            await asyncio.wait({ringing, sleeping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ringing.cancel()
-            sleeping.cancel()
+            await sleep_unless(bell, self._clock, every_s)
 
     async def close(self) -> None:
         """End the loops at once, then await the work up to the grace and cancel what is left."""

@@ -27,6 +27,7 @@ import aiohttp
 import pytest
 
 from phones import image
+from phones.engine import DEFAULT_URL
 from phones.processes import Process
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ async def docker(*arguments: str, url: str = "", deadline_s: float = COMMAND_S) 
 
 def machine_url() -> str:
     """Where the machine's own engine is looked for."""
-    return os.environ.get("DOCKER_HOST") or image.DEFAULT_URL
+    return os.environ.get("DOCKER_HOST") or DEFAULT_URL
 
 
 # --- The machine's engine -----------------------------------------------------------------------

@@ -9,15 +9,13 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from phones import host
-from phones.engine import Survey, survey
+from phones.engine import Survey, host_of, survey
 from phones.host import PortRange
 from phones.runtime import RuntimeUnavailable
 from plugins.devices.section import DevicesSection, ImageSection, PlanSection
@@ -84,17 +82,6 @@ def _runs_android(section: DevicesSection) -> bool:
     return _uses_engine(section) and any(image.kind == "redroid" for image in section.images)
 
 
-def _is_elsewhere(docker_url: str) -> bool:
-    """Whether the engine is on another machine than this one."""
-    if not docker_url or docker_url.startswith("unix:"):
-        return False
-    name = urlsplit(docker_url).hostname or ""
-    try:
-        return not ip_address(name).is_loopback
-    except ValueError:
-        return name != "localhost"
-
-
 def _of_this_machine(
     ask: Callable[[DevicesSection], Awaitable[str]],
 ) -> Callable[[web.Application], Awaitable[str]]:
@@ -102,7 +89,7 @@ def _of_this_machine(
 
     async def asked(app: web.Application) -> str:
         section = _section(app)
-        return ELSEWHERE if _is_elsewhere(section.docker_url) else await ask(section)
+        return ELSEWHERE if host_of(section.docker_url) else await ask(section)
 
     return asked
 
@@ -153,7 +140,7 @@ async def _engine(app: web.Application) -> str:
 
 
 def _way_to_engine(section: DevicesSection) -> str:
-    if _is_elsewhere(section.docker_url):
+    if host_of(section.docker_url):
         return f"start the engine at {section.docker_url}, or correct devices.docker_url in config.toml"
     socket = section.docker_url.removeprefix("unix://") or host.ENGINE_SOCKET
     if socket.startswith("/") and host.engine_door(ROOT / socket.lstrip("/")) == "closed":
@@ -170,8 +157,8 @@ def _version(text: str) -> tuple[int, ...]:
 async def _live_restore(section: DevicesSection, found: Survey) -> str:
     if found.live_restore:
         return "on"
-    may_write = not (
-        _is_elsewhere(section.docker_url) or await asyncio.to_thread(host.has_engine_settings, ROOT)
+    may_write = not host_of(section.docker_url) and not await asyncio.to_thread(
+        host.has_engine_settings, ROOT
     )
     raise CheckFailed(
         "off: phones stop when the engine is restarted or upgraded",
@@ -256,7 +243,7 @@ async def _plans(section: DevicesSection, found: Survey) -> str:
             f"{'; '.join(reason for reason, _ in lacks)}; the engine has {_size(found)}",
             f"in config.toml under [[devices.plans]]: {'; '.join(mend for _, mend in lacks)}",
         )
-    if _is_elsewhere(section.docker_url):
+    if host_of(section.docker_url):
         return f"each fits into {_size(found)}; the disk is {ELSEWHERE}"
     free = await asyncio.to_thread(host.free_disk_mb, ROOT / found.data_root.lstrip("/"))
     if free is not None and free < PHONE_DISK_MB:
@@ -301,7 +288,7 @@ def _way_to_image(image: ImageSection, docker_url: str) -> str:
 
 async def _ports(app: web.Application) -> str:
     section = _section(app)
-    if _is_elsewhere(section.docker_url):
+    if host_of(section.docker_url):
         return ELSEWHERE
     ranges = [getattr(section, name) for name in RANGES]
     outgoing = await asyncio.to_thread(host.outgoing_ports, ROOT)

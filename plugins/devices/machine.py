@@ -67,11 +67,9 @@ async def choose(database: Database, data_dir: Path, section: DevicesSection) ->
 async def would_run(section: DevicesSection) -> str:
     """Where phones would run if the server started now, in a few words."""
     name, reason = await _pick(section, None)
-    return (
-        f"phones run in containers of {section.docker_url or 'the local Docker engine'}"
-        if (name == "docker")
-        else f"phones are simulated: {reason.rstrip('.')}"
-    )
+    if name == "docker":
+        return f"phones run in containers of {section.docker_url or 'the local Docker engine'}"
+    return f"phones are simulated: {reason.rstrip('.')}"
 
 
 async def runtime_beside(database: Database, data_dir: Path, section: DevicesSection) -> Runtime:
@@ -100,7 +98,7 @@ async def _pick(section: DevicesSection, stays: str | None) -> tuple[RuntimeName
     finally:
         await engine.close()
     # The kernel of an engine elsewhere cannot be seen from here; whoever names it knows it.
-    if engine.is_local and not await asyncio.to_thread(binder):
+    if not host_of(section.docker_url) and not await asyncio.to_thread(binder):
         return "simulated", NO_BINDER
     return "docker", ""
 

@@ -28,7 +28,7 @@ from plugins.devices.model import COMING_UP, Detail, DeviceState, Rented, Wanted
 from plugins.devices.repairs import Fault, Repair, compare, judge
 from plugins.devices.section import DevicesSection
 from plugins.devices.steps import TROUBLES, Steps, now_of, soon
-from server.clock import Clock
+from server.clock import Clock, sleep_unless
 from server.db import Database, DatabaseUnavailable, Tx
 from server.events import Events
 from server.i18n import N_
@@ -318,7 +318,7 @@ class Reconciler:
                 continue
             if pause_s == _FIRST_RETRY_S:
                 log.warning("a device has to wait", extra={"device": str(device_id), "error": str(fault)})
-            await self._pause(pause_s)
+            await sleep_unless(self._back, self._clock, pause_s)
             pause_s = min(2 * pause_s, _LAST_RETRY_S)
 
     async def _try_step(self, device: Rented) -> Exception | None:
@@ -352,14 +352,4 @@ class Reconciler:
             await self._steps.fail(device, Detail(TROUBLES[device.state], {"reason": str(fault)}))
         except (RuntimeFault, DatabaseUnavailable) as trouble:
             log.warning("a device has to wait", extra={"device": str(device.id), "error": str(trouble)})
-            await self._pause(_LAST_RETRY_S)
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait, or until the machine is back."""
-        back = asyncio.ensure_future(self._back.wait())
-        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
-        try:
-            await asyncio.wait({back, sleeping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            back.cancel()
-            sleeping.cancel()
+            await sleep_unless(self._back, self._clock, _LAST_RETRY_S)
