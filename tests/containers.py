@@ -67,6 +67,11 @@ async def containers_of(url: str, installation: str) -> dict[str, str]:
     return dict(line.split() for line in listed.splitlines())
 
 
+def idle(image: str) -> tuple[str, ...]:
+    """What `docker run` needs at its end for a container of a phone's image that is no phone."""
+    return ("--entrypoint", "/usr/bin/python3", image, "-S", "-c", "import time; time.sleep(600)")
+
+
 def sections_for(url: str, image: str, **more: object) -> dict[str, object]:
     """The configuration of a server whose phones are simulated ones in containers."""
     images = [

@@ -49,6 +49,20 @@ async def act(owner: Client, device_id: str, action: str, state: str) -> dict[st
     return await settled(owner, device_id, state)
 
 
+async def restarted(
+    owner: Client, device: dict[str, Any], *, deadline_s: float = DEADLINE_S
+) -> dict[str, Any]:
+    """The device, once it runs again after it was seen like this."""
+    again: dict[str, Any] = {}
+
+    async def came_up() -> bool:
+        again.update((await owner.get(f"/devices/{device['id']}")).json)
+        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
+
+    await until(came_up, deadline_s=deadline_s)
+    return again
+
+
 async def shell(owner: Client, device_id: str, command: str) -> dict[str, Any]:
     """A command's answer."""
     reply = await owner.post(f"/devices/{device_id}/shell", {"command": command})

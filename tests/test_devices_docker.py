@@ -13,7 +13,7 @@ import pytest
 from plugins.devices import RECONCILER, repairs
 from server.interfaces import DATABASE
 from tests.apks import build_apk
-from tests.containers import DockerHouse, OpenDocker
+from tests.containers import DockerHouse, OpenDocker, idle
 from tests.engine import Engine
 from tests.house import Client, port_ranges
 from tests.realadb import RealAdb
@@ -24,6 +24,7 @@ from tests.renting import (
     becomes_gone,
     held_ports,
     rented,
+    restarted,
     settled,
     shell,
     told,
@@ -277,8 +278,7 @@ async def test_a_port_that_a_foreign_container_has_is_exchanged(docker_house: Op
     await act(owner, device["id"], "stop", "stopped")
     image = (await there.inspect(device["id"]))["Config"]["Image"]
     foreign = f"{there.installation[:8]}-foreign"
-    sleep = ("--entrypoint", "/usr/bin/python3", image, "-S", "-c", "import time; time.sleep(600)")
-    await there.docker("run", "-d", "--name", foreign, "-p", f"127.0.0.1:{adb}:5555", *sleep)
+    await there.docker("run", "-d", "--name", foreign, "-p", f"127.0.0.1:{adb}:5555", *idle(image))
     try:
         assert (await act(owner, device["id"], "start", "running"))["ports"]["adb"] != adb
     finally:
@@ -295,7 +295,7 @@ async def test_a_killed_container_comes_back_and_its_owner_is_told(docker_house:
     await shell(owner, device["id"], "echo kept > /sdcard/note")
     before = await balance(owner)
     await there.docker("kill", there.name_of(device["id"]))
-    again = await _restarted(owner, device)
+    again = await restarted(owner, device)
     assert again["ports"] == device["ports"]
     assert (await shell(owner, device["id"], "cat /sdcard/note"))["stdout"] == "kept\n"
     heard = [(item["data"]["state"], item["data"]["detail"]) for item in await told(owner)]
@@ -321,7 +321,7 @@ async def test_a_phone_that_dies_inside_its_container_is_seen_though_the_engine_
     device = await rented(owner)
     pid = (await there.inspect(device["id"]))["State"]["Pid"]
     (await asyncio.create_subprocess_exec("kill", "-9", str(pid)))
-    await _restarted(owner, device)
+    await restarted(owner, device)
     assert await there.repairs() == [("dead", device["id"])]
     assert (await there.inspect(device["id"]))["RestartCount"] == 0
 
@@ -332,20 +332,9 @@ async def test_a_removed_container_is_made_again_with_its_data(docker_house: Ope
     device = await rented(owner)
     await shell(owner, device["id"], "echo kept > /sdcard/note")
     await there.docker("rm", "-f", there.name_of(device["id"]))
-    await _restarted(owner, device)
+    await restarted(owner, device)
     assert (await shell(owner, device["id"], "cat /sdcard/note"))["stdout"] == "kept\n"
     assert await there.repairs() == [("dead", device["id"])]
-
-
-async def _restarted(owner: Client, device: dict[str, Any]) -> dict[str, Any]:
-    again: dict[str, Any] = {}
-
-    async def came_up() -> bool:
-        again.update((await owner.get(f"/devices/{device['id']}")).json)
-        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
-
-    await until(came_up)
-    return again
 
 
 async def test_limits_that_somebody_changed_are_set_again(docker_house: OpenDocker) -> None:
@@ -394,8 +383,7 @@ async def test_orphans_of_ours_go_and_everybody_elses_containers_stay(
 
     async def run(name: str, *labels: str) -> str:
         marks = [part for text in labels for part in ("--label", text)]
-        sleep = ("--entrypoint", "/usr/bin/python3", image, "-S", "-c", "import time; time.sleep(600)")
-        await there.docker("run", "-d", "--name", name, *marks, *sleep)
+        await there.docker("run", "-d", "--name", name, *marks, *idle(image))
         return name
 
     orphans = [
@@ -432,8 +420,7 @@ async def test_a_foreign_container_with_a_phones_name_is_not_touched(docker_hous
     name = there.name_of(device["id"])
     image = (await there.inspect(device["id"]))["Config"]["Image"]
     await there.docker("rm", "-f", name)
-    sleep = ("--entrypoint", "/usr/bin/python3", image, "-S", "-c", "import time; time.sleep(600)")
-    await there.docker("run", "-d", "--name", name, *sleep)
+    await there.docker("run", "-d", "--name", name, *idle(image))
     try:
         assert (await owner.post(f"/devices/{device['id']}/start")).status == 202
         failed = await settled(owner, device["id"], "failed")
@@ -478,7 +465,7 @@ async def test_a_phone_that_restarted_while_the_server_was_away_is_started_anew(
     await there.house.stop()
     await there.docker("restart", "-t", "1", there.name_of(device["id"]))
     await there.house.start()
-    await _restarted(owner, device)
+    await restarted(owner, device)
     assert await there.repairs() == [("dead", device["id"])]
 
 

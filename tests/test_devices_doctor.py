@@ -12,7 +12,7 @@ from plugins.devices import PLUGIN, repairs
 from server.__main__ import PLUGINS
 from server.config import load
 from server.interfaces import DATABASE
-from tests.containers import LABEL, OpenDocker, containers_of, sections_for, sweep
+from tests.containers import LABEL, OpenDocker, containers_of, idle, sections_for, sweep
 from tests.engine import Engine, docker
 from tests.house import PASSWORD, port_ranges
 from tests.process import ServerProcess, server_process
@@ -22,16 +22,13 @@ from tests.test_serve import output
 
 pytestmark = pytest.mark.timeout(240)
 
-SLEEP = ("--entrypoint", "/usr/bin/python3")
-PROGRAM = ("-S", "-c", "import time; time.sleep(600)")
-
 
 async def orphan(url: str, image: str, installation: str) -> str:
     """A container of this installation that nobody rents; its device's id."""
     device_id = str(uuid4())
     marks = ("--label", f"{LABEL}={installation}", "--label", f"cloudphone.device={device_id}")
     name = f"cloudphone-{installation[:8]}-{device_id}"
-    await docker("run", "--detach", "--name", name, *marks, *SLEEP, image, *PROGRAM, url=url)
+    await docker("run", "--detach", "--name", name, *marks, *idle(image), url=url)
     return device_id
 
 

@@ -10,7 +10,19 @@ import pytest
 from tests.containers import OpenDocker
 from tests.engine import Engine, PrivateEngine, Proxy, StartEngine, docker
 from tests.house import Client, House
-from tests.renting import WISH, act, balance, becomes_gone, ran, rented, settled, shell, told, until
+from tests.renting import (
+    WISH,
+    act,
+    balance,
+    becomes_gone,
+    ran,
+    rented,
+    restarted,
+    settled,
+    shell,
+    told,
+    until,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -130,12 +142,7 @@ async def test_a_server_starts_without_its_engine_and_finds_its_phones_later(
     assert (await owner.get(f"/devices/{device['id']}")).json == device
     await there.docker("kill", there.name_of(device["id"]))
     await proxy.heal()
-
-    async def came_up() -> bool:
-        again = (await owner.get(f"/devices/{device['id']}")).json
-        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
-
-    await until(came_up)
+    await restarted(owner, device)
     assert await there.repairs() == [("dead", device["id"])]
 
 
@@ -167,14 +174,7 @@ async def _back_after(engine: PrivateEngine, owner: Client, device: dict[str, An
     await engine.stop()
     await _refused_in_time(owner, "POST", "/devices", json=WISH)
     await engine.start()
-    again: dict[str, Any] = {}
-
-    async def came_up() -> bool:
-        again.update((await owner.get(f"/devices/{device['id']}")).json)
-        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
-
-    await until(came_up, deadline_s=60)
-    return again
+    return await restarted(owner, device, deadline_s=60)
 
 
 async def test_phones_run_on_through_the_death_of_an_engine_that_restores_them(
@@ -209,11 +209,6 @@ async def test_an_engine_that_is_killed_with_its_phones_gets_them_back(
     device = await rented(owner)
     await engine.kill()
     await engine.start()
-
-    async def came_up() -> bool:
-        again = (await owner.get(f"/devices/{device['id']}")).json
-        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
-
-    await until(came_up, deadline_s=60)
+    await restarted(owner, device, deadline_s=60)
     assert list((await there.containers()).values()) == ["running"]
     assert await docker("ps", "--quiet", url=engine.url)

@@ -241,8 +241,9 @@ class Reconciler:
     async def _note(self, tx: Tx, repair: Repair) -> None:
         """One audit row, and one line in the log once that is written."""
         phone = repair.phone
+        named = repair.device or phone
         state = repair.device.state if repair.device else "unknown"
-        target = str(repair.device.id) if repair.device else (phone.id if phone else "")
+        target = str(named.id) if named else ""
         await self._audit.record(
             tx,
             action="devices.repair",
@@ -250,6 +251,7 @@ class Reconciler:
             before={
                 "row": state,
                 "phone": phone.status if phone else "missing",
+                "node": named.node if named else "",
                 "place": phone.place if phone else "",
             },
             after={"fault": repair.fault},
