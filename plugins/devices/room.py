@@ -27,6 +27,7 @@ from plugins.devices.model import (
 )
 from plugins.devices.reconciler import Reconciler
 from plugins.devices.section import DevicesSection, ImageSection, PlanSection
+from plugins.devices.steps import PORT_TRIES
 from server.api import from_cursor, to_cursor
 from server.auth import Caller
 from server.clock import Clock
@@ -39,7 +40,6 @@ from server.locks import KeyedLocks
 ASK_DEADLINE_S: Final = 4.5
 """Whoever asks for a phone hears within 5 s that the machine does not answer."""
 LOG_LINES: Final = 200
-PORT_TRIES: Final = 4
 
 _STOPPABLE = frozenset({DeviceState.CREATING, DeviceState.STARTING, DeviceState.RUNNING})
 _STARTABLE = frozenset({DeviceState.STOPPED, DeviceState.FAILED})
