@@ -133,25 +133,18 @@ class House:
     ) -> Self:
         """Start with a fresh database and bucket and the given sections of config.toml."""
         folder.mkdir()
-        database_url = await servers.new_database()
-        bucket = await servers.new_bucket()
         merged: dict[str, dict[str, object]] = {
             "server": {"port": 0, "shutdown_grace_s": 2},
-            "database": {"url": database_url},
-            "storage": {
-                "endpoint_url": servers.endpoint_url,
-                "bucket": bucket,
-                "access_key": servers.access_key,
-                "secret_key": servers.secret_key,
-            },
+            **await servers.new_sections(),
         }
+        drop_database = partial(servers.drop_database, str(merged["database"]["url"]))
         if any(plugin.name == "devices" for plugin in plugins):
             merged["devices"] = {"runtime": "simulated", **port_ranges()}
         for name, section in sections.items():
             merged.setdefault(name, {}).update(section)
         file = folder / "config.toml"
         file.write_text("".join(f"{name} = {to_toml(section)}\n" for name, section in merged.items()))
-        house = cls(file, plugins, partial(servers.drop_database, database_url))
+        house = cls(file, plugins, drop_database)
         try:
             await house.start()
         except BaseException:

@@ -13,6 +13,7 @@ from tests.house import Client, House
 
 WISH = {"name": "mine", "image": "android-12", "plan": "basic"}
 DEADLINE_S = 30
+LOOK_EVERY_S = 0.05
 
 Open = Callable[..., Awaitable[House]]
 
@@ -21,7 +22,7 @@ async def until(holds: Callable[[], Awaitable[bool]], *, deadline_s: float = DEA
     """Wait until it holds."""
     async with asyncio.timeout(deadline_s):
         while not await holds():
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def settled(owner: Client, device_id: str, state: str) -> dict[str, Any]:
@@ -32,7 +33,7 @@ async def settled(owner: Client, device_id: str, state: str) -> dict[str, Any]:
             if device.get("state") == state:
                 return device
             assert state == "failed" or device.get("state") != "failed", device["state_detail"]
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def rented(owner: Client, **wish: object) -> dict[str, Any]:

@@ -80,6 +80,18 @@ class Servers:
         await database.close()
         return urlsplit(url)._replace(path=f"/{name}").geturl()
 
+    async def new_sections(self) -> dict[str, dict[str, object]]:
+        """A server's configuration of both, with a fresh database and bucket."""
+        return {
+            "database": {"url": await self.new_database()},
+            "storage": {
+                "endpoint_url": self.endpoint_url,
+                "bucket": await self.new_bucket(),
+                "access_key": self.access_key,
+                "secret_key": self.secret_key,
+            },
+        }
+
     async def drop_database(self, url: str) -> None:
         """Remove what `new_database` made; hundreds of them would fill the disk and stall it."""
         name = urlsplit(url).path.removeprefix("/")

@@ -81,13 +81,7 @@ async def test_the_command_lists_beside_a_server_and_mends_without_one(
 ) -> None:
     sections: dict[str, dict[str, object]] = {
         "server": {"port": 0, "shutdown_grace_s": 5},
-        "database": {"url": await servers.new_database()},
-        "storage": {
-            "endpoint_url": servers.endpoint_url,
-            "bucket": await servers.new_bucket(),
-            "access_key": servers.access_key,
-            "secret_key": servers.secret_key,
-        },
+        **await servers.new_sections(),
         "devices": {**port_ranges(), **sections_for(engine.url, engine.image)},
     }
     installation = ""

@@ -64,19 +64,13 @@ class Renter:
 async def test_a_server_killed_at_random_moments_leaves_no_phone_and_no_port_astray(
     engine: Engine, servers: Servers
 ) -> None:
-    url = await servers.new_database()
     sections: dict[str, dict[str, object]] = {
         "server": {"port": 0},
-        "database": {"url": url},
-        "storage": {
-            "endpoint_url": servers.endpoint_url,
-            "bucket": await servers.new_bucket(),
-            "access_key": servers.access_key,
-            "secret_key": servers.secret_key,
-        },
+        **await servers.new_sections(),
         "billing": {"welcome_credit": 1_000_000},
         "devices": sections_for(engine.url, engine.image, **port_ranges()),
     }
+    url = str(sections["database"]["url"])
     slowest = 0.0
     async with server_process(sections) as server, aiohttp.ClientSession() as http:
         await server.start()

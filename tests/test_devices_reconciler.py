@@ -371,13 +371,7 @@ async def test_what_changed_while_the_server_was_away_is_mended(
 async def test_a_killed_server_loses_no_phone_and_doubles_none(servers: Servers) -> None:
     sections: dict[str, dict[str, object]] = {
         "server": {"port": 0},
-        "database": {"url": await servers.new_database()},
-        "storage": {
-            "endpoint_url": servers.endpoint_url,
-            "bucket": await servers.new_bucket(),
-            "access_key": servers.access_key,
-            "secret_key": servers.secret_key,
-        },
+        **await servers.new_sections(),
         "devices": {"runtime": "simulated", **port_ranges()},
     }
     async with server_process(sections) as server, aiohttp.ClientSession() as http:

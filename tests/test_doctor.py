@@ -16,6 +16,7 @@ from server.plugin import Check, CheckFailed, Plugin, Repair, Section
 from tests.conftest import Open
 from tests.house import House, port_ranges
 from tests.process import ServerProcess, server_process
+from tests.servers import Servers
 from tests.test_serve import output, said
 
 
@@ -241,9 +242,10 @@ async def test_a_repair_that_cannot_start_says_why(
 # The command
 
 
-async def test_the_command_repairs_with_and_without_a_server() -> None:
+async def test_the_command_repairs_with_and_without_a_server(servers: Servers) -> None:
     sections: dict[str, dict[str, object]] = {
         "server": {"port": 0, "shutdown_grace_s": 5},
+        **await servers.new_sections(),
         "devices": {"runtime": "simulated", **port_ranges()},
     }
     async with server_process(sections) as server:
