@@ -173,17 +173,16 @@ class Database:
 
     @classmethod
     async def open(cls, url: str, *, pool_size: int = 10) -> "Database":
-        """Connect to `url` (postgresql://…). Raises DatabaseUnavailable when nothing answers there.
-
-        A database that accepts and then takes its time, as on a machine that is just starting up, is asked
-        once more.
-        """
+        """Connect to `url` (postgresql://…). Raises DatabaseUnavailable when nothing answers there."""
         with translated():
+            pool = make_pool(url, pool_size)
             try:
-                pool = await _opened_pool(url, pool_size)
-            except TimeoutError:
-                log.warning("the database is slow to answer and is asked once more")
-                pool = await _opened_pool(url, pool_size)
+                async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                    await pool
+                    await pool.fetchval("SELECT 1")
+            except BaseException:
+                pool.terminate()
+                raise
         return cls(url, pool)
 
     @property
@@ -360,16 +359,3 @@ class Database:
             self._pool.terminate()
             if self._claim is not None:
                 await self._claim.release()
-
-
-async def _opened_pool(url: str, size: int) -> "Pool":
-    """A pool whose first connection has answered."""
-    pool = make_pool(url, size)
-    try:
-        async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
-            await pool
-            await pool.fetchval("SELECT 1")
-    except BaseException:
-        pool.terminate()
-        raise
-    return pool

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
+from aiohttp.web_app import _cached_build_middleware
 from multidict import CIMultiDictProxy
 
 from phones.simulated import SimulatedRuntime
@@ -173,6 +174,9 @@ class House:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+            # It keeps the last 1,024 handlers, each with its whole application: after some hundred tests
+            # one garbage collection over them would hold this process up for longer than a time limit.
+            _cached_build_middleware.cache_clear()
 
     async def restart(self) -> None:
         """Stop, and start again on the same database, storage and data_dir."""
