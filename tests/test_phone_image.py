@@ -17,6 +17,7 @@ from phones import image
 from tests.apks import build_apk
 from tests.engine import Engine, PrivateEngine, Proxy, StartEngine, docker
 from tests.realadb import RealAdb
+from tests.renting import until
 
 HARDENED = (
     "--init",  # a first process that passes signals on, as the runtime has it
@@ -118,6 +119,14 @@ async def test_a_phone_in_a_container_stops_at_once_however_young(
     engine: Engine, name: str, after_s: float
 ) -> None:
     await run_phone(engine, name)
+
+    async def is_born() -> bool:
+        # The kernel drops what is sent to a first process that does not listen yet; this one listens before
+        # it has a child.
+        _, *processes = (await docker("top", name, url=engine.url)).splitlines()
+        return len(processes) == 2
+
+    await until(is_born)
     await asyncio.sleep(after_s)
     began = time.monotonic()
     await docker("stop", "--time", "10", name, url=engine.url)
