@@ -1,5 +1,6 @@
 """What every test gets: no blocking call on the event loop, and a house of its own for the asking."""
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -55,3 +56,9 @@ async def real_adb(tmp_path: Path) -> AsyncIterator[RealAdb]:
     """The genuine adb with a server of its own."""
     async with RealAdb.started(tmp_path) as adb:
         yield adb
+
+
+def pytest_collection_finish() -> None:
+    """What the programs are made of lives as long as the process: no collection need look at it again."""
+    gc.collect()
+    gc.freeze()
