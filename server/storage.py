@@ -111,18 +111,15 @@ def _make_client(endpoint_url: str, access_key: str, secret_key: str, region: st
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    opening = (
-        _session()
-        .client(
-            "s3",
-            endpoint_url=endpoint_url or None,
-            aws_access_key_id=access_key or None,
-            aws_secret_access_key=secret_key or None,
-            region_name=region or None,
-            config=config,
-        )
-        .__aenter__()
+    making = _session().client(
+        "s3",
+        endpoint_url=endpoint_url or None,
+        aws_access_key_id=access_key or None,
+        aws_secret_access_key=secret_key or None,
+        region_name=region or None,
+        config=config,
     )
+    opening = making.__aenter__()
     try:
         opening.send(None)
     except StopIteration as done:

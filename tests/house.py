@@ -174,7 +174,7 @@ class House:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-            # It keeps the last 1,024 handlers, each with its whole application: after some hundred tests
+            # aiohttp keeps the last 1,024 handlers, each with its whole application: after some hundred tests
             # one garbage collection over them would hold this process up for longer than a time limit.
             _cached_build_middleware.cache_clear()
 

@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 
 START_TIMEOUT_S = 60.0
 BUCKETS = 8
-# Nobody wants the tests' data after a power cut, and every house of a test has its own pool.
 MEMORY = Path("/dev/shm")
 MEMORY_NEEDED_BYTES = 4 << 30
+# Nobody wants the tests' data after a power cut, and every house of a test has its own pool.
 QUICK = {"fsync": "off", "full_page_writes": "off", "max_connections": "200", "autovacuum": "off"}
 
 
@@ -93,7 +93,7 @@ class Servers:
         }
 
     async def drop_database(self, url: str) -> None:
-        """Remove what `new_database` made; hundreds of them would fill the disk and stall it."""
+        """Remove what `new_database` made; hundreds of them would fill the disk."""
         name = urlsplit(url).path.removeprefix("/")
         database = await Database.open(await asyncio.wrap_future(self._url), pool_size=1)
         await database.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -152,7 +152,7 @@ async def open_storage(access: StorageAccess, bucket: str) -> Storage:
 
 
 def _quick_place() -> Path | None:
-    """Memory where there is plenty: a Docker engine at work holds up everybody's files on the same disk."""
+    """Memory where there is plenty: a database is made and dropped for every test."""
     if (
         MEMORY.is_dir()
         and os.access(MEMORY, os.W_OK)

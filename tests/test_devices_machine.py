@@ -8,7 +8,7 @@ import pytest
 
 from plugins.devices import machine
 from tests.containers import DockerHouse, OpenDocker
-from tests.renting import WISH, Open, act, lives, process_of, rented, runtime_of, settled, until
+from tests.renting import WISH, Open, act, lives, process_of, rented, restarted, runtime_of, settled, until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -103,13 +103,7 @@ async def test_containers_give_way_to_simulated_phones(docker_house: OpenDocker)
     device = await rented(owner)
     await set_again(there, runtime="simulated")
     assert list((await there.containers()).values()) == ["exited"], "its data stays with it"
-
-    async def came_up() -> bool:
-        again = (await owner.get(f"/devices/{device['id']}")).json
-        return bool(again["state"] == "running" and again["started_at"] > device["started_at"])
-
-    await until(came_up)
-    again = (await owner.get(f"/devices/{device['id']}")).json
+    again = await restarted(owner, device)
     assert (again["runtime"], again["ports"]) == ("simulated", device["ports"])
     assert lives(process_of(there.house, device["id"]))
 
