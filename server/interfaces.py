@@ -83,6 +83,12 @@ class Directory(Protocol):
     async def among(self, tx: Tx, user_ids: Collection[UUID]) -> set[UUID]:
         """Which of these are accounts."""
 
+    async def emails(self, user_ids: Collection[UUID]) -> dict[UUID, str]:
+        """By which address people know these accounts."""
+
+    async def find(self, text: str, *, limit: int) -> list[tuple[UUID, str]]:
+        """Accounts whose address holds `text`, as (id, address), in the order of their addresses."""
+
 
 class Audit(Protocol):
     """The record of who did what; provided by users."""
@@ -157,6 +163,16 @@ class Notifier(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a user shall pay for something they used; `label` is the name they know it by."""
+
+    user_id: UUID
+    amount: int
+    reference: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class Charged:
     """What a charge took and what it left, in minor units."""
 
@@ -168,7 +184,7 @@ class Ledger(Protocol):
     """Users' money, in minor units of one currency; provided by billing.
 
     A transaction asks it before it publishes a notification: locks that are always taken in the same
-    order never wait for each other in a circle.
+    order never wait for each other in a circle. Whatever else a transaction locks comes before both.
     """
 
     currency: str
@@ -176,13 +192,11 @@ class Ledger(Protocol):
     async def lock_balance(self, tx: Tx, user_id: UUID) -> int:
         """The user's balance, which nobody else can change until the transaction ends."""
 
-    async def charge(
-        self, tx: Tx, user_id: UUID, amount: int, *, kind: str, reference: str, partial: bool = False
-    ) -> Charged:
-        """Take `amount` from the user.
+    async def charge(self, tx: Tx, usages: Sequence[Usage]) -> list[Charged]:
+        """Take what was used from its users, all at once; an answer for each, in order.
 
-        Raises Problem(insufficient_balance) where the balance is smaller, unless `partial`: then what
-        there is is taken, and `Charged.amount` says how much that was.
+        Each is cut to what its user still has: `Charged.amount` says how much that was. A transaction
+        charges once.
         """
 
 
@@ -233,3 +247,7 @@ AUDIT: Final = web.AppKey("AUDIT", Audit)
 NOTIFIER: Final = web.AppKey("NOTIFIER", Notifier)
 LEDGER: Final = web.AppKey("LEDGER", Ledger)
 PHONES: Final = web.AppKey("PHONES", Phones)
+
+SpendingRate = Callable[[UUID], int]
+SPENDING: Final[web.AppKey[list[SpendingRate]]] = web.AppKey("SPENDING", list)
+"""What users spend now, in minor units an hour: who charges them adds a function; opened by billing."""

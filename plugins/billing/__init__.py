@@ -15,22 +15,28 @@ devices, which know how long it lasts. Pages that want the figure in between ask
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
-import aiohttp
 from aiohttp import web
 
+from plugins.billing.janitor import JANITOR, Janitor
 from plugins.billing.ledger import ACCOUNTS, Accounts
 from plugins.billing.model import BillingSection
 from plugins.billing.orders import ORDERS, Orders
 from plugins.billing.payments import PAYMENTS, Payments
-from plugins.billing.providers import PROVIDERS, Provider
+from plugins.billing.providers import PROVIDERS
+from plugins.billing.providers.opening import open_providers
 from plugins.billing.routes import balance_of_page, routes
-from plugins.billing.sandbox import open_sandbox
 from plugins.billing.schema import MIGRATIONS
 from server.db import Tx
-from server.interfaces import DIRECTORY, LEDGER, NOTIFIER, UserRegistered
+from server.interfaces import AUDIT, DIRECTORY, LEDGER, NOTIFIER, SPENDING, UserRegistered
+from server.observe import log
 from server.pages import PAGE_CONTEXT
 from server.plugin import Job, Plugin
+
+ASK_EVERY_S: Final = 5.0
+ASK_FIRST_S: Final = 40.0
+"""How long the last questions may keep the sweep of expired orders waiting."""
 
 
 async def _welcome(app: web.Application, tx: Tx, event: UserRegistered) -> None:
@@ -38,7 +44,16 @@ async def _welcome(app: web.Application, tx: Tx, event: UserRegistered) -> None:
 
 
 async def _expire_orders(app: web.Application) -> None:
+    try:
+        async with asyncio.timeout(ASK_FIRST_S):
+            await app[JANITOR].ask()
+    except TimeoutError:
+        log.warning("orders expire while their payment providers do not answer")
     await app[ORDERS].expire()
+
+
+async def _ask_providers(app: web.Application) -> None:
+    await app[JANITOR].ask()
 
 
 def _expiry_interval_s(section: BillingSection) -> float:
@@ -50,12 +65,12 @@ async def lifespan(app: web.Application) -> AsyncIterator[None]:
     """Take the balances into memory and open the payment providers."""
     app[ACCOUNTS] = app[LEDGER] = accounts = Accounts(app)
     await accounts.load()
-    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http:
-        sandbox = await asyncio.to_thread(open_sandbox, app, http)
-        providers: dict[str, Provider] = {sandbox.name: sandbox} if sandbox else {}
+    app[SPENDING] = []
+    async with open_providers(app) as providers:
         app[PROVIDERS] = providers
         app[ORDERS] = Orders(app)
         app[PAYMENTS] = payments = Payments(app)
+        app[JANITOR] = Janitor(app)
         app[PAGE_CONTEXT].append(balance_of_page)
         yield
         await payments.close()
@@ -65,10 +80,13 @@ PLUGIN = Plugin(
     name="billing",
     config=BillingSection,
     lifespan=lifespan,
-    needs=(NOTIFIER, DIRECTORY),
-    provides=(LEDGER,),
+    needs=(NOTIFIER, DIRECTORY, AUDIT),
+    provides=(LEDGER, SPENDING),
     migrations=MIGRATIONS,
     routes=routes.declared,
-    jobs=(Job("billing.expire_orders", every_s=_expiry_interval_s, deadline_s=60, run=_expire_orders),),
+    jobs=(
+        Job("billing.expire_orders", every_s=_expiry_interval_s, deadline_s=60, run=_expire_orders),
+        Job("billing.ask_providers", every_s=ASK_EVERY_S, deadline_s=300, run=_ask_providers),
+    ),
     listens={UserRegistered: _welcome},
 )

@@ -13,21 +13,27 @@ from babel.numbers import get_currency_precision
 from plugins.billing.model import AccountKind, Balance, BillingSection, Entry
 from server.api import Page, PageQuery, from_cursor, to_cursor, whole_number
 from server.db import Record, Tx
-from server.errors import Code, Problem
 from server.i18n import N_
-from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, Charged, Message, Topic
+from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, Charged, Message, Topic, Usage
 from server.plugin import PluginFault
+
+USAGE_KIND: Final = "device_time"
 
 
 @dataclass(frozen=True, slots=True)
 class Posting:
-    """Money for a user's account (below zero: from it), taken from or given to one of the house's."""
+    """Money for one account (below zero: from it), taken from or given to one of the house's.
 
-    user_id: UUID
+    The account is the user's, or without one the house's `account`.
+    """
+
+    user_id: UUID | None
     amount: int
     against: AccountKind
     kind: str
     reference: str
+    label: str = ""
+    account: AccountKind = AccountKind.USER
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Accounts:
         self._database = app[DATABASE]
         self._notifier = app[NOTIFIER]
         self._balances: dict[UUID, tuple[int, int]] = {}  # position of the last entry, balance after it
+        self._house: dict[AccountKind, int] = {}  # ids of the house's own accounts, which never change
 
     async def load(self) -> None:
         """Open the house's own accounts and take every balance into memory.
@@ -66,6 +73,8 @@ class Accounts:
             [kind.value for kind in AccountKind if kind is not AccountKind.USER],
             self.currency,
         )
+        own = await self._database.fetch("SELECT kind, id FROM ledger_accounts WHERE kind <> 'user'")
+        self._house = {AccountKind(row["kind"]): row["id"] for row in own}
         other = await self._database.fetchval(
             "SELECT currency FROM ledger_accounts WHERE currency <> $1 LIMIT 1", self.currency
         )
@@ -91,7 +100,7 @@ class Accounts:
         (before,) = from_cursor(query.cursor, whole_number) if query.cursor else (None,)
         rows = await self._database.fetch(
             """
-            SELECT e.transaction_id AS id, e.position, e.amount, e.balance_after, e.kind, e.reference,
+            SELECT e.transaction_id AS id, e.position, e.amount, e.balance_after, e.kind, e.reference, e.label,
                 e.created_at
             FROM ledger_entries e JOIN ledger_accounts a ON a.id = e.account_id
             WHERE a.user_id = $1 AND ($2::bigint IS NULL OR e.position < $2)
@@ -133,110 +142,101 @@ class Accounts:
             balance = await tx.fetchval(lock, user_id)
         return int(balance)
 
-    async def charge(
-        self, tx: Tx, user_id: UUID, amount: int, *, kind: str, reference: str, partial: bool = False
-    ) -> Charged:
-        """Take `amount` from the user in one statement, and tell them only when that spends their balance.
+    async def charge(self, tx: Tx, usages: Sequence[Usage]) -> list[Charged]:
+        """Take what was used from its users, all at once, cut to what each still has; one answer for each.
 
-        Raises Problem(insufficient_balance) where the balance is smaller, unless `partial`: then what
-        there is is taken, and `Charged.amount` says how much that was.
+        Users hear of it only when that spends their balance.
         """
-        if amount < 0:
-            raise ValueError("a charge takes, it does not give")
-        if amount == 0:
-            return Charged(0, await self.lock_balance(tx, user_id))
-        wish = Posting(user_id, -amount, AccountKind.REVENUE, kind, reference)
-        posted = await self.post(tx, [wish], partial=partial)
-        if not posted and not partial:
-            raise Problem(Code.INSUFFICIENT_BALANCE, N_("Your balance does not cover this; top it up first."))
-        if not posted:
-            return Charged(0, 0)
-        if posted[0].balance_after == 0:
-            title = N_("Your balance is spent")
-            body = N_("Running phones are stopped and keep their data. Top up to start them again.")
-            await self._notifier.publish_all(tx, [self.moved(posted[0], "spent", body, title)])
-        return Charged(-posted[0].amount, posted[0].balance_after)
+        rows = await tx.fetch(
+            """
+            SELECT user_id, balance FROM ledger_accounts WHERE user_id = ANY ($1)
+            ORDER BY user_id FOR NO KEY UPDATE
+            """,
+            list({usage.user_id for usage in usages}),
+        )
+        left = {row["user_id"]: row["balance"] for row in rows}
+        charged: list[Charged] = []
+        for usage in usages:
+            if usage.amount < 0:
+                raise ValueError("a charge takes, it does not give")
+            before = left.get(usage.user_id, 0)
+            left[usage.user_id] = after = max(0, before - usage.amount)
+            charged.append(Charged(before - after, after))
+        takes = [
+            Posting(
+                usage.user_id, -took.amount, AccountKind.REVENUE, USAGE_KIND, usage.reference, usage.label
+            )
+            for usage, took in zip(usages, charged, strict=True)
+            if took.amount
+        ]
+        title = N_("Your balance is spent")
+        body = N_("Running phones are stopped and keep their data. Top up to start them again.")
+        spent = [
+            self.moved(posted, "spent", body, title)
+            for posted in await self.post(tx, takes)
+            if posted.balance_after == 0
+        ]
+        await self._notifier.publish_all(tx, spent)
+        return charged
 
-    async def post(self, tx: Tx, postings: Sequence[Posting], *, partial: bool = False) -> list[Posted]:
-        """Write the entries of many postings at once, in order; at most one of them takes from a user.
+    async def post(self, tx: Tx, postings: Sequence[Posting]) -> list[Posted]:
+        """Write the entries of many postings at once, in order; answers those on users' accounts.
 
-        One that its account does not cover is left out, or with `partial` cut to what there is. Accounts
-        are locked in the order of their users, so that two batches never wait for each other in a circle.
+        A transaction posts once: accounts are locked in one order, users' by id and then the house's, so
+        that two transactions never wait for each other in a circle. Raises CheckViolation where an account
+        does not cover what is taken from it.
         """
         if not postings:
             return []
         rows = await tx.fetch(
             """
-            WITH wanted AS (
-                SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::text[])
-                    WITH ORDINALITY AS w (user_id, amount, against, kind, reference, place)
+            WITH wanted AS MATERIALIZED (
+                SELECT gen_random_uuid() AS transaction_id, w.*
+                FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
+                    $7::text[]) WITH ORDINALITY
+                    AS w (user_id, house_id, against_id, amount, kind, reference, label, place)
             ), held AS (
                 SELECT id, user_id, balance FROM ledger_accounts
-                WHERE user_id = ANY ($1::uuid[]) ORDER BY user_id FOR NO KEY UPDATE
-            ), granted AS (
-                SELECT w.user_id, w.against, w.kind, w.reference, w.place, held.id AS account_id,
-                    CASE WHEN $6 THEN greatest(w.amount, -held.balance) ELSE w.amount END AS amount
-                FROM wanted w JOIN held USING (user_id)
-                WHERE held.balance + w.amount >= 0 OR w.amount > 0 OR ($6 AND held.balance > 0)
+                WHERE user_id = ANY ($1) OR id = ANY ($2) OR id = ANY ($3)
+                ORDER BY user_id NULLS LAST, id FOR NO KEY UPDATE
+            ), legs AS (
+                SELECT w.*, held.id AS account_id, w.amount AS moves, held.balance
+                FROM wanted w JOIN held ON held.user_id = w.user_id
+                UNION ALL
+                SELECT w.*, held.id, w.amount, held.balance FROM wanted w JOIN held ON held.id = w.house_id
+                UNION ALL
+                SELECT w.*, held.id, -w.amount, held.balance FROM wanted w JOIN held ON held.id = w.against_id
             ), placed AS (
-                SELECT gen_random_uuid() AS transaction_id, g.*, (held.balance
-                    + sum(g.amount) OVER (PARTITION BY g.user_id ORDER BY g.place))::bigint AS balance_after
-                FROM granted g JOIN held ON held.id = g.account_id
+                SELECT transaction_id, user_id, account_id, moves, kind, reference, label, place,
+                    (balance + sum(moves) OVER (PARTITION BY account_id ORDER BY place))::bigint
+                        AS balance_after
+                FROM legs
             ), moved AS (
-                UPDATE ledger_accounts a SET balance = a.balance + s.amount
-                FROM (SELECT account_id, sum(amount)::bigint AS amount FROM placed GROUP BY account_id) s
+                UPDATE ledger_accounts a SET balance = a.balance + s.moves
+                FROM (SELECT account_id, sum(moves)::bigint AS moves FROM placed GROUP BY account_id) s
                 WHERE a.id = s.account_id
             ), written AS (
                 INSERT INTO ledger_entries
-                    (transaction_id, account_id, amount, balance_after, kind, reference)
-                SELECT transaction_id, account_id, amount, balance_after, kind, reference FROM (
-                    SELECT place, transaction_id, account_id, amount, balance_after, kind, reference
-                    FROM placed
-                    UNION ALL
-                    SELECT p.place, p.transaction_id, a.id, -p.amount, NULL, p.kind, p.reference
-                    FROM placed p JOIN ledger_accounts a ON a.kind = p.against
-                ) legs ORDER BY place
+                    (transaction_id, account_id, amount, balance_after, kind, reference, label)
+                SELECT transaction_id, account_id, moves, balance_after, kind, reference, label
+                FROM placed ORDER BY place
                 RETURNING transaction_id, account_id, amount, balance_after, position
             )
-            SELECT p.user_id, w.amount, w.balance_after, w.position
-            FROM written w JOIN placed p USING (transaction_id, account_id) ORDER BY w.position
+            SELECT held.user_id, w.amount, w.balance_after, w.position
+            FROM written w JOIN held ON held.id = w.account_id
+            WHERE held.user_id IS NOT NULL ORDER BY w.position
             """,
             [one.user_id for one in postings],
+            [None if one.user_id else self._house[one.account] for one in postings],
+            [self._house[one.against] for one in postings],
             [one.amount for one in postings],
-            [one.against for one in postings],
             [one.kind for one in postings],
             [one.reference for one in postings],
-            partial,
+            [one.label for one in postings],
         )
         posted = [Posted(*row) for row in rows]
         tx.after_commit(functools.partial(self._remember, posted))
         return posted
-
-    async def set_aside(self, tx: Tx, payments: Sequence[tuple[str, int]]) -> list[str]:
-        """Book payments for closed orders, (order number, amount), as unapplied, each order's once.
-
-        Answers the numbers whose payment was not booked before.
-        """
-        rows = await tx.fetch(
-            """
-            WITH wanted AS (
-                SELECT gen_random_uuid() AS transaction_id, w.reference, w.amount
-                FROM unnest($1::text[], $2::bigint[]) AS w (reference, amount)
-                WHERE NOT EXISTS (
-                    SELECT FROM ledger_entries e
-                    WHERE e.kind = 'unapplied_payment' AND e.amount > 0 AND e.reference = w.reference
-                )
-            )
-            INSERT INTO ledger_entries (transaction_id, account_id, amount, kind, reference)
-            SELECT w.transaction_id, a.id, CASE a.kind WHEN 'unapplied' THEN w.amount ELSE -w.amount END,
-                'unapplied_payment', w.reference
-            FROM wanted w JOIN ledger_accounts a ON a.kind IN ('unapplied', 'clearing')
-            RETURNING amount, reference
-            """,
-            [number for number, _ in payments],
-            [amount for _, amount in payments],
-        )
-        return [row["reference"] for row in rows if row["amount"] > 0]
 
     def _remember(self, posted: Sequence[Posted]) -> None:
         """Positions rise along an account's history, which the news of two commits need not."""

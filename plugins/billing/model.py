@@ -19,9 +19,42 @@ class SandboxSection(Section):
     secret: str = ""
 
 
+class StripeSection(Section):
+    """[billing.providers.stripe]; open where both secrets are given."""
+
+    secret_key: str = ""
+    webhook_secret: str = ""
+    api_url: str = "https://api.stripe.com"
+
+
+class AlipaySection(Section):
+    """[billing.providers.alipay]; open where all but the address is given. Keys are PEM or bare base64."""
+
+    app_id: str = ""
+    private_key: str = ""
+    alipay_public_key: str = ""
+    gateway_url: str = "https://openapi.alipay.com/gateway.do"
+
+
+class WechatpaySection(Section):
+    """[billing.providers.wechatpay]; open where all but the address is given. Keys are PEM."""
+
+    app_id: str = ""
+    merchant_id: str = ""
+    certificate_serial: str = ""
+    private_key: str = ""
+    api_v3_key: str = ""
+    public_key: str = ""
+    public_key_id: str = ""
+    api_url: str = "https://api.mch.weixin.qq.com"
+
+
 class ProvidersSection(Section):
     """[billing.providers]"""
 
+    stripe: StripeSection = StripeSection()
+    alipay: AlipaySection = AlipaySection()
+    wechatpay: WechatpaySection = WechatpaySection()
     sandbox: SandboxSection = SandboxSection()
 
 
@@ -70,20 +103,22 @@ class Balance(Outgoing):
 
 
 class Entry(Outgoing):
-    """One movement on the user's account."""
+    """One movement on the user's account; `label` names what it was for where a person would want that."""
 
     id: UUID
     amount: int
     balance_after: int
     kind: str
     reference: str
+    label: str
     created_at: Moment
 
 
 class NewOrder(Incoming):
-    """How much to top up, in minor units."""
+    """How much to top up, in minor units, and with which provider; without one, the server's first."""
 
     amount: int
+    provider: Annotated[str, Field(max_length=100)] | None = None
 
 
 class Order(Outgoing):
@@ -98,6 +133,19 @@ class Order(Outgoing):
     created_at: Moment
     expires_at: Moment
     paid_at: Moment | None
+
+
+class OpenProvider(Outgoing):
+    """A payment provider that takes orders here."""
+
+    name: str
+    title: str
+
+
+class Providers(Outgoing):
+    """Who takes payments here; the first is used where none is chosen."""
+
+    items: list[OpenProvider]
 
 
 class OrderQuery(PageQuery):
@@ -116,10 +164,15 @@ PrintableAscii = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
 
 
 class PaymentEvent(Incoming, extra="ignore"):
-    """What a provider says happened to a payment; every provider's callback is read into this."""
+    """What a provider says happened to a payment; every provider's callback is read into this.
+
+    `payment_id` is the provider's own name for the payment, empty where an order has only one. What tells
+    of neither success nor failure is "other": it is kept, and nothing follows from it.
+    """
 
     event_id: PrintableAscii
     order_number: PrintableAscii
     amount: Annotated[int, Field(gt=-(2**63), lt=2**63)]
     currency: PrintableAscii
-    status: Literal["succeeded", "failed"]
+    status: Literal["succeeded", "failed", "other"]
+    payment_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{0,255}$")] = ""

@@ -6,16 +6,20 @@ from uuid import UUID
 from aiohttp import web
 
 from plugins.billing.ledger import ACCOUNTS
-from plugins.billing.model import BillingSection, Order, OrderQuery, OrderState
-from plugins.billing.providers import PROVIDERS
-from server.api import Page, from_cursor, to_cursor, whole_number
+from plugins.billing.model import BillingSection, NewOrder, Order, OrderQuery, OrderState
+from plugins.billing.providers import PROVIDERS, Checkout, Payable, Provider, ProviderUnavailable
+from server.api import API_PREFIX, Page, from_cursor, to_cursor, whole_number
 from server.auth import Caller
 from server.db import Record
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
 from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, RANDOMNESS, Message, Topic
+from server.observe import log
 
 EXPIRE_AT_ONCE: Final = 500
+FIRST_ASK_S: Final = 60
+LAST_ASK_WITHIN_S: Final = 60
+"""An order whose payment has begun is not expired before its provider was asked, or this long."""
 
 
 class Orders:
@@ -33,15 +37,18 @@ class Orders:
         self._notifier = app[NOTIFIER]
         self._providers = app[PROVIDERS]
 
-    async def create(self, caller: Caller, amount: int, order_id: UUID, origin: str) -> Order:
+    async def create(self, caller: Caller, wish: NewOrder, order_id: UUID, origin: str) -> Order:
         """Make an order, or find the one an earlier try has made under this id.
 
         Raises Problem: invalid, unavailable where no payment provider is configured.
         """
-        if not self.least <= amount <= self.most:
+        if not self.least <= wish.amount <= self.most:
             raise Problem(Code.INVALID, errors=[("amount", f"Between {self.least} and {self.most}.")])
         if not self._providers:
             raise Problem(Code.UNAVAILABLE, N_("No payment provider is configured on this server."))
+        provider = wish.provider or next(iter(self._providers))
+        if provider not in self._providers:
+            raise Problem(Code.INVALID, errors=[("provider", N_("This is no payment provider here."))])
         async with self._database.transaction() as tx:
             await self._accounts.open(tx, caller.user_id)
             row = await tx.fetchrow(
@@ -54,8 +61,8 @@ class Orders:
                 order_id,
                 f"CP{self._randomness.uuid().hex[:20].upper()}",
                 caller.user_id,
-                next(iter(self._providers)),
-                amount,
+                provider,
+                wish.amount,
                 self.currency,
                 self._ttl_s,
             )
@@ -112,6 +119,50 @@ class Orders:
             raise not_found()
         return self._order(row, origin), row["user_id"]
 
+    async def begin(self, provider: str, number: str) -> tuple[Payable, UUID]:
+        """Note that an order is about to be paid, and that its provider is asked should no callback come.
+
+        Raises Problem: not_found, invalid_state where the order waits for no payment.
+        """
+        row = await self._database.fetchrow(
+            """
+            UPDATE orders SET next_ask_at = coalesce(next_ask_at,
+                least(now() + make_interval(secs => $3), expires_at))
+            WHERE number = $1 AND provider = $2 AND state = 'pending' AND expires_at > now()
+            RETURNING id, number, amount, currency, created_at, expires_at, provider_reference
+            """,
+            number,
+            provider,
+            FIRST_ASK_S,
+        )
+        if row is not None:
+            return payable(row), row["id"]
+        await self.numbered(provider, number, "")
+        raise Problem(Code.INVALID_STATE, N_("This order waits for no payment any more."))
+
+    async def open_checkout(self, provider: Provider, number: str, origin: str) -> Checkout:
+        """Where the provider takes the payment of an order.
+
+        Raises Problem: not_found, invalid_state, unavailable while the provider does not answer.
+        """
+        order, order_id = await self.begin(provider.name, number)
+        try:
+            checkout = await provider.checkout(
+                order,
+                back_url=f"{origin}/billing/orders/{order_id}",
+                callback_url=f"{origin}{API_PREFIX}/billing/payments/{provider.name}",
+            )
+        except ProviderUnavailable as error:
+            log.warning("checkout failed", extra={"provider": provider.name, "error": str(error)})
+            raise Problem(
+                Code.UNAVAILABLE, N_("The payment provider does not answer; try again shortly.")
+            ) from None
+        if checkout.reference != order.reference:
+            await self._database.execute(
+                "UPDATE orders SET provider_reference = $2 WHERE id = $1", order_id, checkout.reference
+            )
+        return checkout
+
     async def cancel(self, caller: Caller, order_id: UUID, origin: str) -> Order:
         """Give up a pending order, or do nothing where that has been done.
 
@@ -120,7 +171,9 @@ class Orders:
         async with self._database.transaction() as tx:
             row = await tx.fetchrow(
                 """
-                UPDATE orders SET state = 'cancelled' WHERE id = $1 AND user_id = $2 AND state = 'pending'
+                UPDATE orders SET state = 'cancelled',
+                    next_ask_at = CASE WHEN next_ask_at IS NOT NULL THEN now() END
+                WHERE id = $1 AND user_id = $2 AND state = 'pending'
                 RETURNING id, number, provider, amount, currency, state, created_at, expires_at, paid_at,
                     user_id
                 """,
@@ -145,12 +198,16 @@ class Orders:
                 rows = await tx.fetch(
                     """
                     UPDATE orders SET state = 'expired' WHERE state = 'pending' AND id IN (
-                        SELECT id FROM orders WHERE state = 'pending' AND expires_at <= now()
+                        SELECT id FROM orders WHERE state = 'pending' AND expires_at <= now() AND (
+                            next_ask_at IS NULL OR next_ask_at > expires_at
+                            OR expires_at <= now() - make_interval(secs => $2)
+                        )
                         ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
                     )
                     RETURNING id, number, amount, currency, state, user_id
                     """,
                     EXPIRE_AT_ONCE,
+                    LAST_ASK_WITHIN_S,
                 )
                 title = N_("Order {number} expired")
                 body = N_("It was not paid in time. Make a new one to top up.")
@@ -159,14 +216,26 @@ class Orders:
 
     def _order(self, row: Record, origin: str) -> Order:
         fields: dict[str, Any] = {name: row[name] for name in Order.model_fields if name != "checkout_url"}
-        provider = self._providers.get(row["provider"])
+        is_open = row["provider"] in self._providers
         return Order.model_construct(
             **fields | {"state": OrderState(row["state"])},
-            checkout_url=provider.checkout_url(row["number"], origin) if provider else "",
+            checkout_url=f"{origin}/checkout/{row['provider']}/{row['number']}" if is_open else "",
         )
 
 
 ORDERS: Final = web.AppKey("ORDERS", Orders)
+
+
+def payable(row: Record) -> Payable:
+    """An order's row as its provider has to know it."""
+    return Payable(
+        number=row["number"],
+        amount=row["amount"],
+        currency=row["currency"],
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        reference=row["provider_reference"],
+    )
 
 
 def order_message(row: Record, title: str, body: str = "", *, state: str | None = None) -> Message:

@@ -3,15 +3,26 @@
 from typing import Final, Literal
 from uuid import UUID
 
+import segno
 from aiohttp import web
 from pydantic import BaseModel
 
 from plugins.billing.ledger import ACCOUNTS
-from plugins.billing.model import Acknowledgement, Balance, Entry, NewOrder, Order, OrderQuery, OrderState
+from plugins.billing.model import (
+    Acknowledgement,
+    Balance,
+    Entry,
+    NewOrder,
+    OpenProvider,
+    Order,
+    OrderQuery,
+    OrderState,
+    Providers,
+)
 from plugins.billing.orders import ORDERS
 from plugins.billing.payments import PAYMENTS
-from plugins.billing.providers import PROVIDERS
-from plugins.billing.sandbox import Sandbox
+from plugins.billing.providers import PROVIDERS, Provider
+from plugins.billing.providers.sandbox import Sandbox
 from server.api import Page, PageQuery, Routes
 from server.auth import PUBLIC_ORIGIN, Access, Caller
 from server.errors import Code, Problem, not_found
@@ -43,11 +54,17 @@ async def ledger(request: web.Request, caller: Caller, query: PageQuery) -> Page
     return await request.app[ACCOUNTS].page(caller.user_id, query)
 
 
+@routes.api("GET", "/billing/providers", access=Access.USER)
+async def list_providers(request: web.Request, caller: Caller) -> Providers:
+    """With whom a top-up can be paid."""
+    return Providers(items=_open_providers(request))
+
+
 @routes.api("POST", "/billing/orders", access=Access.USER, status=201, problems=(Code.UNAVAILABLE,),
             location="/api/v1/billing/orders/{id}")  # fmt: skip
 async def create(request: web.Request, caller: Caller, body: NewOrder, new_id: UUID) -> Order:
     """Order a top-up; it is paid at `checkout_url`."""
-    return await request.app[ORDERS].create(caller, body.amount, new_id, _origin(request))
+    return await request.app[ORDERS].create(caller, body, new_id, _origin(request))
 
 
 @routes.api("GET", "/billing/orders", access=Access.USER)
@@ -70,19 +87,27 @@ async def cancel(request: web.Request, caller: Caller, order_id: UUID) -> Order:
 
 @routes.api("POST", "/billing/payments/{provider}", access=Access.PUBLIC, problems=(
     Code.BAD_SIGNATURE, Code.UNKNOWN_ORDER, Code.ORDER_CLOSED, Code.AMOUNT_MISMATCH))  # fmt: skip
-async def payment(request: web.Request, provider: str) -> Acknowledgement:
+async def payment(request: web.Request, provider: str) -> Acknowledgement | web.Response:
     """The payment provider's callback; it may be repeated.
 
     The sandbox signs with `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256(secret, "<t>.<raw body>")>`
     and sends `{event_id, order_number, amount, currency, status: "succeeded"|"failed", occurred_at}`.
+    Other providers sign and send, and are answered, as they document.
     """
-    return await request.app[PAYMENTS].take(provider, request.headers, await request.read())
+    outcome = await request.app[PAYMENTS].take(provider, request.headers, await request.read())
+    own_answer = request.app[PROVIDERS][provider].answer(outcome)
+    if own_answer is not None:
+        return own_answer
+    if isinstance(outcome, OrderState):
+        return Acknowledgement(order_state=outcome)
+    raise Problem(outcome or Code.UNKNOWN_ORDER)
 
 
 class TopUp(BaseModel):
     """The form on the balance's page."""
 
     amount: str
+    provider: str | None = None
 
 
 class Outcome(BaseModel):
@@ -101,6 +126,7 @@ async def _billing_context(request: web.Request, caller: Caller) -> dict[str, ob
         "currency": now.currency,
         "orders": shown.items,
         "ledger": entries.items,
+        "providers": _open_providers(request),
         "errors": {},
         "values": {},
     }
@@ -135,7 +161,8 @@ async def top_up(request: web.Request, caller: Caller, new_id: UUID) -> web.Stre
 
     async def order(form: TopUp) -> str:
         amount = _typed_amount(request, form.amount)
-        made = await request.app[ORDERS].create(caller, amount, new_id, "")
+        wish = NewOrder(amount=amount, provider=form.provider)
+        made = await request.app[ORDERS].create(caller, wish, new_id, "")
         return made.checkout_url
 
     context = await _billing_context(request, caller)
@@ -149,10 +176,24 @@ async def order_page(request: web.Request, caller: Caller, order_id: UUID) -> we
     return render(request, "billing/order.html", {"order": order})
 
 
-def _sandbox(request: web.Request) -> Sandbox:
-    provider = request.app[PROVIDERS].get(Sandbox.name)
-    if not isinstance(provider, Sandbox):
+def _provider(request: web.Request, name: str) -> Provider:
+    provider = request.app[PROVIDERS].get(name)
+    if provider is None:
         raise not_found()
+    return provider
+
+
+def _open_providers(request: web.Request) -> list[OpenProvider]:
+    locale = pick_locale(request)
+    return [
+        OpenProvider(name=provider.name, title=translate(locale, provider.title))
+        for provider in request.app[PROVIDERS].values()
+    ]
+
+
+def _sandbox(request: web.Request) -> Sandbox:
+    provider = _provider(request, Sandbox.name)
+    assert isinstance(provider, Sandbox)
     return provider
 
 
@@ -170,13 +211,35 @@ async def pay(request: web.Request, caller: Caller | None, number: str) -> web.S
     order, owner_id = await request.app[ORDERS].numbered(sandbox.name, number, _origin(request))
 
     async def report(form: Outcome) -> str:
-        if form.outcome != "later" and order.state is OrderState.PENDING:
-            status: Literal["succeeded", "failed"] = "succeeded" if form.outcome == "pay" else "failed"
-            await sandbox.deliver(order, status, request.app[OWN_URL]())
+        own_url = request.app[OWN_URL]()
+        if form.outcome == "pay" and order.state is OrderState.PENDING:
+            await request.app[ORDERS].begin(sandbox.name, number)
+            await sandbox.deliver(order, await sandbox.pay(order), "succeeded", own_url)
+        elif form.outcome == "fail" and order.state is OrderState.PENDING:
+            await sandbox.deliver(order, sandbox.new_event_id(), "failed", own_url)
         is_owner = caller is not None and caller.user_id == owner_id
         return f"/billing/orders/{order.id}" if is_owner else f"/checkout/sandbox/{number}"
 
     return await submit(request, Outcome, report, "billing/checkout_sandbox.html", {"order": order})
+
+
+@routes.page("GET", "/checkout/{provider}/{number}", access=Access.PUBLIC)
+async def begin_page(request: web.Request, provider: str, number: str) -> web.Response:
+    """From here whoever knows an order's number goes on to its provider."""
+    chosen = _provider(request, provider)
+    order, _ = await request.app[ORDERS].numbered(provider, number, _origin(request))
+    return render(request, "billing/checkout.html", {"order": order, "provider": chosen.title})
+
+
+@routes.page("POST", "/checkout/{provider}/{number}", access=Access.PUBLIC)
+async def begin(request: web.Request, provider: str, number: str) -> web.Response:
+    """Begin the payment: the provider's page, or the QR code that a wallet reads."""
+    chosen, origin = _provider(request, provider), _origin(request)
+    order, _ = await request.app[ORDERS].numbered(provider, number, origin)
+    checkout = await request.app[ORDERS].open_checkout(chosen, number, origin)
+    qr_code = segno.make(checkout.qr_text).svg_data_uri(scale=6) if checkout.qr_text else ""
+    context = {"order": order, "provider": chosen.title, "url": checkout.url, "qr_code": qr_code}
+    return render(request, "billing/checkout_open.html", context)
 
 
 def balance_of_page(request: web.Request) -> dict[str, object]:

@@ -16,9 +16,8 @@ from server.db import Database, Tx
 from server.errors import Code, Problem
 from server.events import Events
 from server.i18n import N_, SOURCE_LOCALE, money
-from server.interfaces import DeviceStopped, Ledger
+from server.interfaces import DeviceStopped, Ledger, Usage
 
-CHARGE_KIND: Final = "device_time"
 CHARGE_EVERY_S: Final = 30
 WARN_MINUTES: Final = 10
 NOTICE_DAYS: Final = 1
@@ -130,8 +129,8 @@ class Metering:
         device = replace(device, metered_until=metered_until, charge_remainder=remainder)
         if amount == 0:
             return Reading(device, row["now"])
-        charged = await self._ledger.charge(
-            tx, device.owner_id, amount, kind=CHARGE_KIND, reference=str(device.id), partial=True
+        (charged,) = await self._ledger.charge(
+            tx, [Usage(device.owner_id, amount, str(device.id), device.name)]
         )
         if charged.amount < amount:
             # What cannot be paid is let go: a balance never falls below nothing.

@@ -137,6 +137,20 @@ class Users:
         rows = await tx.fetch("SELECT id FROM users WHERE id = ANY($1::uuid[])", list(user_ids))
         return {row["id"] for row in rows}
 
+    async def emails(self, user_ids: Collection[UUID]) -> dict[UUID, str]:
+        """By which address people know these accounts."""
+        rows = await self._database.fetch("SELECT id, email FROM users WHERE id = ANY ($1)", list(user_ids))
+        return {row["id"]: row["email"] for row in rows}
+
+    async def find(self, text: str, *, limit: int) -> list[tuple[UUID, str]]:
+        """Accounts whose address holds `text`, in the order of their addresses."""
+        rows = await self._database.fetch(
+            "SELECT id, email FROM users WHERE strpos(email_folded, $1) > 0 ORDER BY email_folded LIMIT $2",
+            fold(text),
+            limit,
+        )
+        return [(row["id"], row["email"]) for row in rows]
+
     async def notice_administrators(self) -> None:
         """Give those whom the command line made administrators their rights without a new sign-in."""
         for row in await self._database.fetch("SELECT id FROM users WHERE role = 'admin'"):

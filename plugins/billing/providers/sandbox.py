@@ -1,5 +1,6 @@
 """The sandbox: a payment provider of our own, without money, whose callbacks are as real as any.
 
+Table: `sandbox_payments`, what was paid on its page; whether its callback arrived is another matter.
 Signature: `X-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256(secret, "<t>.<raw body>")>`.
 """
 
@@ -7,21 +8,21 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Mapping
-from ipaddress import ip_address
 from typing import Final, Literal
-from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
 from aiohttp import web
 from pydantic import ValidationError
 
-from plugins.billing.model import BillingSection, Order, PaymentEvent
+from plugins.billing.model import Order, OrderState, PaymentEvent
+from plugins.billing.providers import Checkout, Found, Payable, RefundProgress, RefundWish
 from server.api import API_PREFIX, invalid
 from server.clock import Clock, Randomness
+from server.db import Database
 from server.errors import Code, Problem
 from server.i18n import N_
-from server.interfaces import CLOCK, CONFIGURATION, DATA_DIR, RANDOMNESS
+from server.interfaces import CLOCK, DATA_DIR, DATABASE, RANDOMNESS
 from server.observe import log
 from server.secret import kept_secret
 
@@ -34,18 +35,25 @@ class Sandbox:
     """Signs, verifies and sends callbacks with one secret."""
 
     name: Final = "sandbox"
+    title: Final = N_("Sandbox (no real money)")
 
     def __init__(
-        self, secret: str, clock: Clock, randomness: Randomness, http: aiohttp.ClientSession
+        self,
+        secret: str,
+        database: Database,
+        clock: Clock,
+        randomness: Randomness,
+        http: aiohttp.ClientSession,
     ) -> None:
         self._secret = secret.encode()
+        self._database = database
         self._clock = clock
         self._randomness = randomness
         self._http = http
 
-    def checkout_url(self, number: str, origin: str) -> str:
-        """The sandbox's own page on this server."""
-        return f"{origin}/checkout/sandbox/{number}"
+    async def checkout(self, order: Payable, *, back_url: str, callback_url: str) -> Checkout:
+        """Its own page on this server, which every order's checkout begins on anyway."""
+        return Checkout(url=back_url)
 
     def read_callback(self, headers: Mapping[str, str], body: bytes) -> PaymentEvent:
         """The event of a callback whose signature fits and is at most 300 s off, either way.
@@ -70,21 +78,55 @@ class Sandbox:
         signed_at = str(int(self._clock.now().timestamp()))
         return f"t={signed_at},v1={self._signature(signed_at, body).decode()}"
 
-    async def deliver(self, order: Order, status: Literal["succeeded", "failed"], own_url: str) -> None:
+    def answer(self, outcome: OrderState | Code | None) -> web.Response | None:
+        """What our API says by itself."""
+        return None
+
+    async def query(self, order: Payable) -> Found | None:
+        """The payment made on the sandbox's page, if there is one."""
+        event_id = await self._database.fetchval(
+            "SELECT event_id FROM sandbox_payments WHERE order_number = $1", order.number
+        )
+        if event_id is None:
+            return None
+        body = self._report(event_id, order, "succeeded")
+        return Found(PaymentEvent.model_validate_json(body), body)
+
+    async def close(self, order: Payable) -> None:
+        """Nothing: its page sees for itself where an order is."""
+
+    async def refund(self, wish: RefundWish) -> RefundProgress:
+        """Done at once: no money ever moved."""
+        return RefundProgress.DONE
+
+    async def pay(self, order: Order) -> str:
+        """Note that an order was paid on the page; the event's id, the same each time.
+
+        From here on the payment is made, whether or not its callback arrives.
+        """
+        event_id: str = await self._database.fetchval(
+            """
+            INSERT INTO sandbox_payments (order_number, event_id) VALUES ($1, $2)
+            ON CONFLICT (order_number) DO UPDATE SET event_id = sandbox_payments.event_id
+            RETURNING event_id
+            """,
+            order.number,
+            self.new_event_id(),
+        )
+        return event_id
+
+    def new_event_id(self) -> str:
+        """Names one event of a payment."""
+        return f"evt_{self._randomness.token(18)}"
+
+    async def deliver(
+        self, order: Order, event_id: str, status: Literal["succeeded", "failed"], own_url: str
+    ) -> None:
         """Send the callback for an order to this server, as a provider elsewhere would.
 
         Raises Problem(unavailable) where it was not taken; a refusal of the payment itself is no fault.
         """
-        body = orjson.dumps(
-            {
-                "event_id": f"evt_{self._randomness.token(18)}",
-                "order_number": order.number,
-                "amount": order.amount,
-                "currency": order.currency,
-                "status": status,
-                "occurred_at": self._clock.now().isoformat().replace("+00:00", "Z"),
-            }
-        )
+        body = self._report(event_id, order, status)
         headers = {SIGNATURE_HEADER: self.signature_header(body), "Content-Type": "application/json"}
         url = f"{own_url}{API_PREFIX}/billing/payments/{self.name}"
         try:
@@ -99,27 +141,34 @@ class Sandbox:
         if code >= 500:
             raise Problem(Code.UNAVAILABLE, N_("The payment could not be reported; try again shortly."))
 
+    def _report(self, event_id: str, order: Order | Payable, status: str) -> bytes:
+        return orjson.dumps(
+            {
+                "event_id": event_id,
+                "order_number": order.number,
+                "amount": order.amount,
+                "currency": order.currency,
+                "status": status,
+                "occurred_at": self._clock.now().isoformat().replace("+00:00", "Z"),
+            }
+        )
+
     def _signature(self, signed_at: str, body: bytes) -> bytes:
         digest = hmac.new(self._secret, signed_at.encode() + b"." + body, hashlib.sha256)
         return digest.hexdigest().encode()
 
 
-def open_sandbox(app: web.Application, http: aiohttp.ClientSession) -> Sandbox | None:
+def open_sandbox(
+    app: web.Application, http: aiohttp.ClientSession, secret: str, *, is_private: bool
+) -> Sandbox | None:
     """The sandbox where it may be used: with a configured secret, or on a server for this machine alone.
 
     Blocks briefly where its secret is made or read.
     """
-    configuration = app[CONFIGURATION]
-    section = configuration.section("billing")
-    assert isinstance(section, BillingSection)
-    secret = section.providers.sandbox.secret
-    # Behind a proxy, listening on loopback does not mean that only this machine can reach us.
-    public_host = urlsplit(configuration.server.public_url).hostname
-    is_private = _is_loopback(configuration.server.host) and _is_loopback(public_host or "localhost")
     if not (secret or is_private):
         return None
     kept = kept_secret(app[DATA_DIR], "sandbox", app[RANDOMNESS], secret)
-    return Sandbox(kept, app[CLOCK], app[RANDOMNESS], http)
+    return Sandbox(kept, app[DATABASE], app[CLOCK], app[RANDOMNESS], http)
 
 
 def _parts(header: str) -> tuple[str, bytes]:
@@ -128,10 +177,3 @@ def _parts(header: str) -> tuple[str, bytes]:
     signed_at = parts.get("t", "")
     is_time = signed_at.isascii() and signed_at.isdigit() and len(signed_at) <= 12
     return signed_at if is_time else "", parts.get("v1", "").encode(errors="replace")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
