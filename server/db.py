@@ -86,11 +86,11 @@ class Tx:
             raise RuntimeError("this transaction is over")
         return self._open
 
-    async def fetch(self, sql: str, *args: Any) -> list[Record]:
+    async def fetch(self, sql: str, *args: Any, timeout_s: float | None = None) -> list[Record]:
         """All rows of one statement."""
         connection = self._connection
         with translated(connection):
-            return await connection.fetch(sql, *args)
+            return await connection.fetch(sql, *args, timeout=timeout_s)
 
     async def fetchrow(self, sql: str, *args: Any) -> Record | None:
         """The first row of one statement, or None."""

@@ -1,7 +1,7 @@
 """The ledger: accounts, entries, balances in memory."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -14,10 +14,11 @@ from plugins.billing.model import AccountKind, Balance, BillingSection, Entry
 from server.api import Page, PageQuery, from_cursor, to_cursor, whole_number
 from server.db import Record, Tx
 from server.i18n import N_
-from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, Charged, Message, Topic, Usage
+from server.interfaces import CONFIGURATION, DATABASE, NOTIFIER, SPENDING, Charged, Message, Topic, Usage
 from server.plugin import PluginFault
 
 USAGE_KIND: Final = "device_time"
+_HOUR_S: Final = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Accounts:
         self._welcome_credit = section.welcome_credit
         self._database = app[DATABASE]
         self._notifier = app[NOTIFIER]
+        self._spending = app[SPENDING]
         self._balances: dict[UUID, tuple[int, int]] = {}  # position of the last entry, balance after it
         self._house: dict[AccountKind, int] = {}  # ids of the house's own accounts, which never change
 
@@ -86,9 +88,15 @@ class Accounts:
         self._balances = {row["user_id"]: (0, row["balance"]) for row in rows}
 
     def balance_of(self, user_id: UUID) -> Balance:
-        """What a user has, from memory."""
+        """What a user has and spends, from memory."""
         _, balance = self._balances.get(user_id, (0, 0))
-        return Balance(balance=balance, currency=self.currency)
+        rate = sum(spending(user_id) for spending in self._spending)
+        return Balance(
+            balance=balance,
+            currency=self.currency,
+            spending_per_hour=rate,
+            lasts_s=balance * _HOUR_S // rate if rate else None,
+        )
 
     def spoken(self, amount: int) -> str:
         """An amount as it stands in a notification: `50.00 CNY`."""
@@ -100,8 +108,8 @@ class Accounts:
         (before,) = from_cursor(query.cursor, whole_number) if query.cursor else (None,)
         rows = await self._database.fetch(
             """
-            SELECT e.transaction_id AS id, e.position, e.amount, e.balance_after, e.kind, e.reference, e.label,
-                e.created_at
+            SELECT e.transaction_id AS id, e.position, e.amount, e.balance_after, e.kind, e.reference,
+                e.label, e.created_at
             FROM ledger_entries e JOIN ledger_accounts a ON a.id = e.account_id
             WHERE a.user_id = $1 AND ($2::bigint IS NULL OR e.position < $2)
             ORDER BY e.position DESC LIMIT $3
@@ -247,14 +255,26 @@ class Accounts:
 
     # What users hear of it
 
-    def moved(self, posted: Posted, kind: str, body: str, title: str = "") -> Message:
-        """The notification of a changed balance; `body` may use {amount} and {balance}."""
+    def moved(
+        self,
+        posted: Posted,
+        kind: str,
+        body: str,
+        title: str = "",
+        *,
+        params: Mapping[str, object] | None = None,
+    ) -> Message:
+        """The notification of a changed balance; `body` may use {amount}, {balance} and `params`."""
         return Message(
             posted.user_id,
             Topic.BILLING_BALANCE,
             title or N_("Your balance is {balance}"),
             body,
-            {"balance": self.spoken(posted.balance_after), "amount": self.spoken(abs(posted.amount))},
+            {
+                "balance": self.spoken(posted.balance_after),
+                "amount": self.spoken(abs(posted.amount)),
+                **(params or {}),
+            },
             {
                 "balance": posted.balance_after,
                 "amount": posted.amount,

@@ -4,7 +4,7 @@ from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from server.api import Incoming, Moment, Outgoing, PageQuery
 from server.plugin import Section
@@ -76,6 +76,10 @@ class BillingSection(Section):
         return self
 
 
+Reason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3, max_length=300)]
+"""Why an administrator moves money; the user reads it."""
+
+
 class OrderState(StrEnum):
     """Where an order is; only pending ones move."""
 
@@ -96,10 +100,12 @@ class AccountKind(StrEnum):
 
 
 class Balance(Outgoing):
-    """What a user has."""
+    """What a user has, spends an hour now, and for how long that lasts; null where nothing is spent."""
 
     balance: int
     currency: str
+    spending_per_hour: int
+    lasts_s: int | None
 
 
 class Entry(Outgoing):

@@ -317,9 +317,7 @@ class Payments:
                     params={"provider": provider},
                 )
 
-    def _report(
-        self, batch: _Batch, is_new: bool, title: str, payment: Mapping[str, Any] | Record
-    ) -> None:
+    def _report(self, batch: _Batch, is_new: bool, title: str, payment: Mapping[str, Any] | Record) -> None:
         if is_new:
             params = {name: payment[name] for name in ("order_number", "amount", "currency")}
             batch.to_administrators.append(_Report(title, params))

@@ -23,6 +23,7 @@ from plugins.billing.orders import ORDERS
 from plugins.billing.payments import PAYMENTS
 from plugins.billing.providers import PROVIDERS, Provider
 from plugins.billing.providers.sandbox import Sandbox
+from plugins.billing.usage import USAGE, PeriodQuery, UsageReport
 from server.api import Page, PageQuery, Routes
 from server.auth import PUBLIC_ORIGIN, Access, Caller
 from server.errors import Code, Problem, not_found
@@ -52,6 +53,18 @@ async def balance(request: web.Request, caller: Caller) -> Balance:
 async def ledger(request: web.Request, caller: Caller, query: PageQuery) -> Page[Entry]:
     """What came and went, newest first."""
     return await request.app[ACCOUNTS].page(caller.user_id, query)
+
+
+@routes.api("GET", "/billing/usage", access=Access.USER)
+async def usage(request: web.Request, caller: Caller, query: PeriodQuery) -> UsageReport:
+    """What each of your phones cost on each day (UTC)."""
+    return await request.app[USAGE].by_day(caller.user_id, query)
+
+
+@routes.api("GET", "/billing/statement", access=Access.USER, media="text/csv")
+async def statement(request: web.Request, caller: Caller, query: PeriodQuery) -> web.StreamResponse:
+    """Everything that came and went, as a file for a spreadsheet."""
+    return await send_statement(request, caller.user_id, query)
 
 
 @routes.api("GET", "/billing/providers", access=Access.USER)
@@ -240,6 +253,26 @@ async def begin(request: web.Request, provider: str, number: str) -> web.Respons
     qr_code = segno.make(checkout.qr_text).svg_data_uri(scale=6) if checkout.qr_text else ""
     context = {"order": order, "provider": chosen.title, "url": checkout.url, "qr_code": qr_code}
     return render(request, "billing/checkout_open.html", context)
+
+
+async def send_statement(request: web.Request, user_id: UUID, query: PeriodQuery) -> web.StreamResponse:
+    """A user's statement as a CSV file, streamed."""
+    first, last = request.app[USAGE].period(query)
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/csv; charset=utf-8; header=present",
+            "Content-Disposition": f'attachment; filename="statement-{first}-{last}.csv"',
+            "Cache-Control": "no-store",
+        }
+    )
+    pieces = request.app[USAGE].csv(user_id, query)
+    head = await anext(pieces)  # what fails so far is still answered as a problem
+    await response.prepare(request)
+    await response.write(head)
+    async for piece in pieces:
+        await response.write(piece)
+    await response.write_eof()
+    return response
 
 
 def balance_of_page(request: web.Request) -> dict[str, object]:

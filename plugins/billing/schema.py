@@ -102,7 +102,8 @@ MIGRATIONS: Final = (
 
     ALTER TABLE ledger_entries DISABLE TRIGGER ledger_entries_are_final;
     UPDATE ledger_entries e SET balance_after = s.after FROM (
-        SELECT transaction_id, account_id, sum(amount) OVER (PARTITION BY account_id ORDER BY position) AS after
+        SELECT transaction_id, account_id,
+            sum(amount) OVER (PARTITION BY account_id ORDER BY position) AS after
         FROM ledger_entries
     ) s WHERE e.balance_after IS NULL AND (s.transaction_id, s.account_id) = (e.transaction_id, e.account_id);
     ALTER TABLE ledger_entries ENABLE TRIGGER ledger_entries_are_final;

@@ -29,7 +29,6 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
     # Behind a proxy, listening on loopback does not mean that only this machine can reach us.
     public_host = urlsplit(configuration.server.public_url).hostname
     is_private = _is_loopback(configuration.server.host) and _is_loopback(public_host or "localhost")
-    is_reachable = bool(public_host) or is_private
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         providers: list[Provider] = []
@@ -41,7 +40,9 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
         yield {provider.name: provider for provider in providers}
 
 
-def _is_complete(name: str, section: Section, currency: str, *, needs_currency: str, is_reachable: bool) -> bool:
+def _is_complete(
+    name: str, section: Section, currency: str, *, needs_currency: str, is_reachable: bool
+) -> bool:
     """Whether a provider can be used; what is missing of one that somebody began to configure is logged."""
     keys: dict[str, str] = section.model_dump(exclude=set(OPTIONAL))
     if not any(keys.values()):
@@ -52,7 +53,9 @@ def _is_complete(name: str, section: Section, currency: str, *, needs_currency: 
     if needs_currency and currency != needs_currency:
         missing.append(f"billing.currency = {needs_currency}")
     if missing:
-        log.warning("a payment provider stays closed", extra={"provider": name, "missing": ", ".join(missing)})
+        log.warning(
+            "a payment provider stays closed", extra={"provider": name, "missing": ", ".join(missing)}
+        )
     return not missing
 
 
