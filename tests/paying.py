@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from plugins import billing, notify, users
+from plugins.billing.checks import CHECKS
 from plugins.billing.ledger import ACCOUNTS
 from server.interfaces import DATABASE
 from tests.house import Client, House, Reply
@@ -144,11 +145,11 @@ async def assert_sound(house: House) -> None:
     )
     assert not await database.fetch(
         "SELECT FROM ledger_accounts a LEFT JOIN ledger_entries e ON e.account_id = a.id"
-        " WHERE a.kind = 'user' GROUP BY a.id HAVING a.balance <> coalesce(sum(e.amount), 0)"
+        " GROUP BY a.id HAVING a.balance <> coalesce(sum(e.amount), 0)"
     )
     assert not await database.fetch(
         "SELECT FROM (SELECT e.balance_after, sum(e.amount) OVER (PARTITION BY a.id ORDER BY e.position) AS s"
-        " FROM ledger_entries e JOIN ledger_accounts a ON a.id = e.account_id WHERE a.kind = 'user') h"
+        " FROM ledger_entries e JOIN ledger_accounts a ON a.id = e.account_id) h"
         " WHERE balance_after IS DISTINCT FROM s"
     )
     assert not await database.fetch(
@@ -156,6 +157,10 @@ async def assert_sound(house: House) -> None:
         " ON e.reference = o.number WHERE (o.state = 'paid') <> (e.amount IS NOT NULL)"
         " OR o.id IS NULL OR o.amount <> e.amount"
     )
+    assert await house.app[CHECKS].run() == await house.app[CHECKS].last()
+    found = await house.app[CHECKS].last()
+    assert found is not None
+    assert found.findings == {}
     rows = await database.fetch("SELECT user_id, balance FROM ledger_accounts WHERE kind = 'user'")
     for row in rows:
         assert house.app[ACCOUNTS].balance_of(row["user_id"]).balance == row["balance"]

@@ -3,12 +3,12 @@
 import asyncio
 import random
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from server.db import CheckViolation
-from server.errors import Problem
-from server.interfaces import DATABASE, LEDGER
+from server.interfaces import DATABASE, LEDGER, SPENDING, Charged, Usage
 from server.plugin import PluginFault
 from tests.house import Client, House
 from tests.paying import (
@@ -35,7 +35,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 async def test_a_new_account_has_the_welcome_credit(bank: House) -> None:
     client = await bank.sign_up()
-    assert (await client.get("/billing/balance")).json == {"balance": WELCOME, "currency": "CNY"}
+    assert (await client.get("/billing/balance")).json == {
+        "balance": WELCOME, "currency": "CNY", "spending_per_hour": 0, "lasts_s": None,
+    }  # fmt: skip
     (entry,) = await entries_of(client)
     assert (entry["amount"], entry["balance_after"], entry["kind"]) == (WELCOME, WELCOME, "welcome_credit")
     assert await told(client, "billing.balance") == [
@@ -49,6 +51,15 @@ async def test_without_a_welcome_credit_an_account_starts_empty(open_bank: OpenB
     client = await bank.sign_up()
     assert await balance_of(client) == 0
     assert await entries_of(client) == []
+
+
+async def test_the_balance_says_how_long_it_lasts_at_the_present_rate(open_bank: OpenBank) -> None:
+    bank = await open_bank(billing=SANDBOX)
+    client = await bank.sign_up()
+    bank.app[SPENDING].append(lambda user_id: 7 if user_id == UUID(client.user["id"]) else 0)
+    bank.app[SPENDING].append(lambda user_id: 1)
+    now = (await client.get("/billing/balance")).json
+    assert (now["spending_per_hour"], now["lasts_s"]) == (8, WELCOME * 3600 // 8)
 
 
 # Entries and charges
@@ -71,8 +82,8 @@ async def test_entries_cannot_be_changed_or_deleted(bank: House) -> None:
 async def test_entries_that_do_not_sum_up_are_refused(bank: House) -> None:
     with pytest.raises(CheckViolation, match="sum up to zero"):
         await bank.app[DATABASE].execute(
-            "INSERT INTO ledger_entries (transaction_id, account_id, amount, kind, reference)"
-            " SELECT gen_random_uuid(), id, 5, 'gift', '' FROM ledger_accounts WHERE kind = 'revenue'"
+            "INSERT INTO ledger_entries (transaction_id, account_id, amount, balance_after, kind, reference)"
+            " SELECT gen_random_uuid(), id, 5, 5, 'gift', '' FROM ledger_accounts WHERE kind = 'revenue'"
         )
 
 
@@ -83,70 +94,82 @@ async def test_the_database_refuses_a_balance_below_zero(bank: House) -> None:
     assert refused.value.constraint_name == "ledger_accounts_never_below_zero"
 
 
-async def test_a_charge_takes_all_or_nothing(bank: House) -> None:
-    client = await bank.sign_up()
-    ledger, database = bank.app[LEDGER], bank.app[DATABASE]
-    async with database.transaction() as tx:
-        charged = await ledger.charge(tx, client.user["id"], 400, kind="device_time", reference="d")
-    assert (charged.amount, charged.balance_after) == (400, 600)
-    with pytest.raises(Problem, match="insufficient_balance"):
-        async with database.transaction() as tx:
-            await ledger.charge(tx, client.user["id"], 601, kind="device_time", reference="d")
-    assert await balance_of(client) == 600
-    entry = (await entries_of(client))[0]
-    assert (entry["amount"], entry["balance_after"], entry["reference"]) == (-400, 600, "d")
-    await assert_sound(bank)
-
-
-async def test_a_refused_charge_leaves_its_transaction_usable(bank: House) -> None:
-    client = await bank.sign_up()
-    ledger = bank.app[LEDGER]
+async def charge(bank: House, client: Client, *amounts: int, label: str = "pixel") -> list[Charged]:
+    """Take these amounts from somebody's balance, all at once."""
+    usages = [Usage(UUID(client.user["id"]), amount, "d", label) for amount in amounts]
     async with bank.app[DATABASE].transaction() as tx:
-        with pytest.raises(Problem):
-            await ledger.charge(tx, client.user["id"], WELCOME + 1, kind="device_time", reference="d")
-        await ledger.charge(tx, client.user["id"], 1, kind="device_time", reference="d")
-    assert await balance_of(client) == WELCOME - 1
+        return await bank.app[LEDGER].charge(tx, usages)
 
 
-async def test_a_partial_charge_takes_what_there_is(bank: House) -> None:
+async def test_a_charge_takes_what_there_is(bank: House) -> None:
     client = await bank.sign_up()
-    ledger = bank.app[LEDGER]
-    taken = []
-    for amount in (900, 900, 900, 0):
-        async with bank.app[DATABASE].transaction() as tx:
-            charged = await ledger.charge(
-                tx, client.user["id"], amount, kind="device_time", reference="d", partial=True
-            )
-            taken.append((charged.amount, charged.balance_after))
-    assert taken == [(900, 100), (100, 0), (0, 0), (0, 0)]
+    assert await charge(bank, client, 900) == [Charged(900, 100)]
+    entry = (await entries_of(client))[0]
+    assert (entry["amount"], entry["balance_after"]) == (-900, 100)
+    assert (entry["kind"], entry["reference"], entry["label"]) == ("device_time", "d", "pixel")
+    assert [await charge(bank, client, amount) for amount in (900, 900, 0)] == [
+        [Charged(100, 0)], [Charged(0, 0)], [Charged(0, 0)],
+    ]  # fmt: skip
     assert len(await entries_of(client)) == 3
     await assert_sound(bank)
+
+
+async def test_charges_for_many_things_at_once_go_down_to_nothing_in_order(bank: House) -> None:
+    ann, ben = await bank.sign_up(), await bank.sign_up()
+    wishes = [(ann, 400), (ben, 1), (ann, 700), (ann, 5), (ben, 0), (ben, 2)]
+    usages = [Usage(UUID(who.user["id"]), amount, f"d{n}", "") for n, (who, amount) in enumerate(wishes)]
+    async with bank.app[DATABASE].transaction() as tx:
+        charged = await bank.app[LEDGER].charge(tx, usages)
+    assert charged == [
+        Charged(400, 600), Charged(1, WELCOME - 1), Charged(600, 0), Charged(0, 0),
+        Charged(0, WELCOME - 1), Charged(2, WELCOME - 3),
+    ]  # fmt: skip
+    assert [entry["amount"] for entry in await entries_of(ann)] == [-600, -400, WELCOME]
+    assert [entry["balance_after"] for entry in await entries_of(ann)] == [0, 600, WELCOME]
+    assert [one["kind"] for one in await told(ann, "billing.balance")] == ["welcome_credit", "spent"]
+    assert [one["kind"] for one in await told(ben, "billing.balance")] == ["welcome_credit"]
+    await assert_sound(bank)
+
+
+async def test_a_charge_never_gives(bank: House) -> None:
+    client = await bank.sign_up()
+    with pytest.raises(ValueError, match="does not give"):
+        await charge(bank, client, -1)
+    assert await balance_of(client) == WELCOME
 
 
 async def test_charges_say_only_once_that_the_balance_is_spent(bank: House) -> None:
     client = await bank.sign_up()
     for amount in (100, 800, 10, 10, 70, 10, 5):
-        async with bank.app[DATABASE].transaction() as tx:
-            await bank.app[LEDGER].charge(
-                tx, client.user["id"], amount, kind="device_time", reference="d", partial=True
-            )
+        await charge(bank, client, amount)
     heard = [(one["kind"], one["balance"]) for one in await told(client, "billing.balance")]
     assert heard == [("welcome_credit", WELCOME), ("spent", 0)]
 
 
 async def test_many_charges_at_once_never_take_more_than_there_is(bank: House) -> None:
     client = await bank.sign_up()
+    charged = await asyncio.gather(*(charge(bank, client, 300) for _ in range(50)))
+    taken = sorted((one.amount for (one,) in charged), reverse=True)
+    assert taken == [300, 300, 300, 100] + [0] * 46
+    assert await balance_of(client) == 0
+    await assert_sound(bank)
 
-    async def charge() -> bool:
-        try:
-            async with bank.app[DATABASE].transaction() as tx:
-                await bank.app[LEDGER].charge(tx, client.user["id"], 300, kind="device_time", reference="d")
-        except Problem:
-            return False
-        return True
 
-    assert sum(await asyncio.gather(*(charge() for _ in range(50)))) == 3
-    assert await balance_of(client) == WELCOME - 900
+async def test_those_who_share_an_account_of_the_house_never_wait_in_a_circle(bank: House) -> None:
+    clients = [await bank.sign_up() for _ in range(4)]
+    orders = [await order_of(client, 10) for client in clients for _ in range(5)]
+
+    async def charge_some(start: int) -> None:
+        ordered = clients[start:] + clients[:start]
+        usages = [Usage(UUID(client.user["id"]), 1, "d", "") for client in ordered]
+        async with bank.app[DATABASE].transaction() as tx:
+            await bank.app[LEDGER].charge(tx, usages)
+
+    await asyncio.gather(
+        *(charge_some(number % 4) for number in range(40)),
+        *(deliver(bank, report(order)) for order in orders),
+    )
+    assert [await balance_of(client) for client in clients] == [WELCOME + 50 - 40] * 4
     await assert_sound(bank)
 
 
@@ -172,9 +195,7 @@ async def test_a_user_without_an_account_gets_one_when_it_is_needed(open_bank: O
         assert await ledger.lock_balance(tx, locked.user["id"]) == 0
     await deliver(bank, report(await order_of(buyer)))
     assert await balance_of(buyer) == 5000
-    with pytest.raises(Problem, match="insufficient_balance"):
-        async with database.transaction() as tx:
-            await ledger.charge(tx, spender.user["id"], 1, kind="device_time", reference="d")
+    assert await charge(bank, spender, 1) == [Charged(0, 0)]
     await assert_sound(bank)
 
 
@@ -205,10 +226,7 @@ async def test_whatever_happens_the_ledger_stays_sound(open_bank: OpenBank) -> N
             case "charge":
                 wish = chance.randint(1, 700)
                 user_id = client.user["id"]
-                async with bank.app[DATABASE].transaction() as tx:
-                    charged = await bank.app[LEDGER].charge(
-                        tx, user_id, wish, kind="device_time", reference="d", partial=True
-                    )
+                (charged,) = await charge(bank, client, wish)
                 assert charged.amount == min(wish, expected[user_id])
                 expected[user_id] -= charged.amount
     assert {client.user["id"]: await balance_of(client) for client in clients} == expected

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from plugins.billing.model import NewOrder
 from plugins.billing.orders import ORDERS
 from tests.house import House
 from tests.paying import (
@@ -104,7 +105,7 @@ async def test_an_order_made_twice_under_one_id_is_one_order(bank: House) -> Non
     caller = bank.app[ORDERS]
     order = await order_of(client)
     who: Any = type("Caller", (), {"user_id": client.user["id"]})
-    again = await caller.create(who, 5000, order["id"], "")
+    again = await caller.create(who, NewOrder(amount=5000), order["id"], "")
     assert again.number == order["number"]
     assert len((await client.get("/billing/orders")).json["items"]) == 1
 

@@ -210,8 +210,8 @@ async def test_a_callback_that_cannot_be_settled_does_not_spoil_the_others(open_
     client = await bank.sign_up()
     orders = [await order_of(client) for _ in range(5)]
     await bank.app[DATABASE].execute(
-        "INSERT INTO ledger_entries (transaction_id, account_id, amount, kind, reference)"
-        " SELECT t.id, a.id, CASE a.kind WHEN 'unapplied' THEN 1 ELSE -1 END, 'top_up', $1"
+        "INSERT INTO ledger_entries (transaction_id, account_id, amount, balance_after, kind, reference)"
+        " SELECT t.id, a.id, CASE a.kind WHEN 'unapplied' THEN 1 ELSE -1 END, 0, 'top_up', $1"
         " FROM (SELECT gen_random_uuid() AS id OFFSET 0) t, ledger_accounts a"
         " WHERE a.kind IN ('unapplied', 'clearing')",
         orders[2]["number"],
@@ -220,3 +220,4 @@ async def test_a_callback_that_cannot_be_settled_does_not_spoil_the_others(open_
     assert [reply.status for reply in replies] == [200, 200, 500, 200, 200]
     assert await balance_of(client) == WELCOME + 4 * 5000
     assert await state_of(client, orders[2]) == "pending"
+    assert await events_of(bank, orders[2]) == ["succeeded"], "kept although nothing could follow"

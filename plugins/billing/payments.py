@@ -145,6 +145,7 @@ class Payments:
             raise
         except Exception:
             if len(callbacks) == 1:
+                await self._keep_unsettled(callbacks)
                 raise
             log.exception("callbacks could not be settled together", extra={"callbacks": len(callbacks)})
             return [await self._settle_alone(callback) for callback in callbacks]
@@ -155,6 +156,11 @@ class Payments:
             return (await self._settle([callback]))[0]
         except Exception as error:
             return error
+
+    async def _keep_unsettled(self, callbacks: Sequence[Callback]) -> None:
+        """What nothing could follow from is kept all the same; the provider repeats it."""
+        async with self._database.transaction() as tx:
+            await self._keep(tx, callbacks)
 
     async def _settle_within(
         self, tx: Tx, callbacks: Sequence[Callback]
