@@ -15,6 +15,7 @@ import pytest_asyncio
 from plugins import billing, notify, users
 from plugins.billing.checks import CHECKS
 from plugins.billing.ledger import ACCOUNTS
+from plugins.users.routes import USERS
 from server.interfaces import DATABASE
 from tests.house import Client, House, Reply
 from tests.servers import Servers
@@ -111,9 +112,10 @@ async def complaints(admin: Client) -> list[dict[str, Any]]:
 
 
 async def administrator(house: House) -> Client:
-    """Somebody who hears of payments that do not fit."""
+    """Somebody who hears of payments that do not fit, and may do something about them."""
     client = await house.sign_up()
     await house.app[DATABASE].execute("UPDATE users SET role = 'admin' WHERE id = $1", client.user["id"])
+    await house.app[USERS].notice_administrators()
     return client
 
 

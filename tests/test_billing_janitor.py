@@ -84,7 +84,7 @@ async def test_a_payment_whose_callback_was_lost_is_credited_once(bank: House) -
     )
     assert (late.status, late.body) == (200, b"got paid"), "answered in the provider's own words"
     assert await balance_of(client) == WELCOME + 5000
-    assert provider.queried == [order["number"]]
+    assert provider.queried.count(order["number"]) == 1
     await assert_sound(bank)
 
 
@@ -93,7 +93,7 @@ async def test_an_order_that_nobody_began_to_pay_is_not_asked_about(bank: House)
     order = (await client.post("/billing/orders", {"amount": 5000, "provider": provider.name})).json
     await later(bank, order, 2000)
     await bank.app[ORDERS].expire()
-    assert provider.queried == []
+    assert order["number"] not in provider.queried
     assert await state_of(client, order) == "expired"
 
 
@@ -145,7 +145,7 @@ async def test_a_cancelled_order_is_closed_at_its_provider(bank: House) -> None:
     order = await opened(bank, client, provider)
     assert (await client.post(f"/billing/orders/{order['id']}/cancel")).status == 200
     await bank.app[JANITOR].ask()
-    assert provider.closed == [order["number"]]
+    assert provider.closed.count(order["number"]) == 1
     page = await client.post(f"//checkout/standin/{order['number']}")
     assert page.status == 409
 

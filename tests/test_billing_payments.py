@@ -77,6 +77,13 @@ async def test_a_failed_payment_leaves_the_order_to_be_paid(bank: House) -> None
     assert await balance_of(client) == WELCOME + 5000
 
 
+async def forged_count(bank: House) -> float:
+    """What the alarm counter says."""
+    lines = (await bank.anyone.get("//metrics")).body.decode().splitlines()
+    name = 'cloudphone_payment_callbacks_forged_total{provider="sandbox"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
 async def test_a_callback_without_a_genuine_signature_is_refused(bank: House) -> None:
     client = await bank.sign_up()
     order = await order_of(client)
@@ -100,9 +107,11 @@ async def test_a_callback_without_a_genuine_signature_is_refused(bank: House) ->
         signature(body, off_s=310),
         signature(body + b" "),
     ]
+    before = await forged_count(bank)
     for header in forged:
         reply = await deliver(bank, body, header)
         assert (reply.status, reply.code) == (401, "bad_signature"), header
+    assert await forged_count(bank) == before + len(forged)
     unsigned = await bank.anyone.post("/billing/payments/sandbox", data=body)
     assert unsigned.code == "bad_signature"
     assert await balance_of(client) == WELCOME

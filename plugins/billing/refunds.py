@@ -5,6 +5,7 @@ again under the same id until it says that it is done or that it will not: then 
 more than was paid goes back, which the database sees to.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
@@ -71,6 +72,7 @@ class Refunds:
         self._audit = app[AUDIT]
         self._providers = app[PROVIDERS]
         self._jobs = app[JOBS]
+        self._asking = asyncio.Lock()  # guards: the refunds under way, each asked for once at a time
 
     async def page(self, query: PageQuery) -> Page[Refund]:
         """Refunds, newest first."""
@@ -168,12 +170,18 @@ class Refunds:
 
     async def carry_out(self) -> None:
         """Ask the providers for every refund that is due."""
-        rows = await self._database.fetch(
+        async with self._asking:
+            for row in await self._due():
+                await self._carry_out(row)
+
+    async def _due(self) -> list[Record]:
+        """The refunds to ask for now; when to ask again is written down before that."""
+        return await self._database.fetch(
             """
             UPDATE refunds r SET tries = tries + 1,
                 next_try_at = now() + make_interval(secs => least($2 * 2 ^ least(tries, 10), $3))
             FROM payments p JOIN orders o ON o.id = p.order_id
-            WHERE p.id = r.payment AND r.id IN (
+            WHERE p.id = r.payment AND r.state = 'requested' AND r.id IN (
                 SELECT id FROM refunds WHERE state = 'requested' AND next_try_at <= now()
                 ORDER BY next_try_at LIMIT $1
             )
@@ -185,8 +193,6 @@ class Refunds:
             RETRY_S,
             RETRY_MOST_S,
         )
-        for row in rows:
-            await self._carry_out(row)
 
     async def _carry_out(self, row: Record) -> None:
         provider = self._providers.get(row["provider"])

@@ -100,15 +100,15 @@ MIGRATIONS: Final = (
         ADD CONSTRAINT ledger_accounts_never_below_zero
             CHECK (balance >= 0 OR kind NOT IN ('user', 'unapplied'));
 
-    ALTER TABLE ledger_entries DISABLE TRIGGER ledger_entries_are_final;
+    ALTER TABLE ledger_entries DROP CONSTRAINT ledger_entries_balance_after_check,
+        DISABLE TRIGGER ledger_entries_are_final;
     UPDATE ledger_entries e SET balance_after = s.after FROM (
         SELECT transaction_id, account_id,
             sum(amount) OVER (PARTITION BY account_id ORDER BY position) AS after
         FROM ledger_entries
     ) s WHERE e.balance_after IS NULL AND (s.transaction_id, s.account_id) = (e.transaction_id, e.account_id);
     ALTER TABLE ledger_entries ENABLE TRIGGER ledger_entries_are_final;
-    ALTER TABLE ledger_entries DROP CONSTRAINT ledger_entries_balance_after_check,
-        ALTER balance_after SET NOT NULL,
+    ALTER TABLE ledger_entries ALTER balance_after SET NOT NULL,
         ADD COLUMN label text NOT NULL DEFAULT '';
     CREATE INDEX ledger_entries_by_time ON ledger_entries (account_id, created_at);
     CREATE UNIQUE INDEX ledger_entries_one_correction ON ledger_entries (reference)
