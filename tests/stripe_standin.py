@@ -185,7 +185,7 @@ class StripeStandin:
 
     async def _expire_session(self, request: web.Request) -> web.Response:
         session = self._session(request)
-        if session["status"] != "open":
+        if session["status"] != "open" or session.get("is_busy"):
             raise Refusal(400, 'Only Checkout Sessions with a status in ["open"] can be expired.')
         session |= {"status": "expired", "url": None}
         return _answer(session)

@@ -116,7 +116,7 @@ class Stripe:
             return
         async with _asking():
             try:
-                await self._sessions.expire_async(order.reference)
+                Session.model_validate_json(bytes_of(await self._sessions.expire_async(order.reference)))
             except stripe.InvalidRequestError:
                 session = await self._session(order.reference)
                 if session.status == "open":
