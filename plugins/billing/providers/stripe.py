@@ -53,8 +53,9 @@ SESSION_MOST_S: Final = 24 * 3600 - 60
 ZERO_DECIMAL: Final = frozenset(
     {"BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "PYG", "RWF", "VND", "VUV", "XAF", "XOF", "XPF"}
 )
-UNEQUAL: Final = frozenset({"ISK", "UGX", "MGA", "BHD", "JOD", "KWD", "OMR", "TND"})
-"""Currencies whose minor unit at Stripe is not ISO 4217's, or of which it takes only multiples of ten."""
+"""Currencies without decimals, here and at Stripe. There MGA is one as well, while ISK and UGX have two, and
+of currencies with three it takes only multiples of ten: with none of these do our minor units go together.
+"""
 
 
 class Stripe:
@@ -223,7 +224,7 @@ def open_stripe(
 
     Loads parts of the library from disk: for a thread.
     """
-    if currency in UNEQUAL or get_currency_precision(currency) != (0 if currency in ZERO_DECIMAL else 2):
+    if get_currency_precision(currency) != (0 if currency in ZERO_DECIMAL else 2):
         missing = f"billing.currency with the same minor units at Stripe, not {currency}"
         log.warning("a payment provider stays closed", extra={"provider": Stripe.name, "missing": missing})
         return None
