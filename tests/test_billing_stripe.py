@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -104,12 +104,13 @@ async def shared_standin() -> AsyncIterator[StripeStandin]:
 
 
 @pytest.fixture
-def standin(shared_standin: StripeStandin) -> StripeStandin:
+def standin(shared_standin: StripeStandin) -> Iterator[StripeStandin]:
     """The stand-in, well and without memory of what other tests asked."""
-    shared_standin.fault, shared_standin.refund_status, shared_standin.page_most = "", "succeeded", 100
+    shared_standin.refund_status, shared_standin.page_most = "succeeded", 100
     shared_standin.asked.clear()
     shared_standin.forms.clear()
-    return shared_standin
+    yield shared_standin
+    shared_standin.fault = ""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
