@@ -13,7 +13,8 @@ from aiohttp import web
 from plugins.billing.model import BillingSection
 from plugins.billing.providers import Provider
 from plugins.billing.providers.sandbox import open_sandbox
-from server.interfaces import CONFIGURATION
+from plugins.billing.providers.stripe import open_stripe
+from server.interfaces import CLOCK, CONFIGURATION
 from server.observe import log
 from server.plugin import Section
 
@@ -32,6 +33,11 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         providers: list[Provider] = []
+        stripe = section.providers.stripe
+        if _is_complete(
+            "stripe", stripe, section.currency, needs_currency="", is_reachable=is_reachable
+        ) and (cards := await asyncio.to_thread(open_stripe, stripe, section.currency, app[CLOCK], http)):
+            providers.append(cards)
         sandbox = await asyncio.to_thread(
             open_sandbox, app, http, section.providers.sandbox.secret, is_private=is_private
         )
