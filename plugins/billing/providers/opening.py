@@ -30,6 +30,7 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
     # Behind a proxy, listening on loopback does not mean that only this machine can reach us.
     public_host = urlsplit(configuration.server.public_url).hostname
     is_private = _is_loopback(configuration.server.host) and _is_loopback(public_host or "localhost")
+    is_reachable = bool(public_host) or is_private
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         providers: list[Provider] = []
