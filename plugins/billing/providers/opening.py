@@ -12,8 +12,9 @@ from aiohttp import web
 
 from plugins.billing.model import BillingSection
 from plugins.billing.providers import Provider
+from plugins.billing.providers.alipay import open_alipay
 from plugins.billing.providers.sandbox import open_sandbox
-from server.interfaces import CONFIGURATION
+from server.interfaces import CLOCK, CONFIGURATION
 from server.observe import log
 from server.plugin import Section
 
@@ -33,6 +34,11 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         providers: list[Provider] = []
+        alipay = section.providers.alipay
+        if _is_complete(
+            "alipay", alipay, section.currency, needs_currency="CNY", is_reachable=is_reachable
+        ) and (opened := await asyncio.to_thread(open_alipay, alipay, app[CLOCK], http)):
+            providers.append(opened)
         sandbox = await asyncio.to_thread(
             open_sandbox, app, http, section.providers.sandbox.secret, is_private=is_private
         )
