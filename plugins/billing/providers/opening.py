@@ -13,7 +13,8 @@ from aiohttp import web
 from plugins.billing.model import BillingSection
 from plugins.billing.providers import Provider
 from plugins.billing.providers.sandbox import open_sandbox
-from server.interfaces import CONFIGURATION
+from plugins.billing.providers.wechatpay import open_wechatpay
+from server.interfaces import CLOCK, CONFIGURATION
 from server.observe import log
 from server.plugin import Section
 
@@ -33,6 +34,11 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         providers: list[Provider] = []
+        wechatpay = section.providers.wechatpay
+        if _is_complete(
+            "wechatpay", wechatpay, section.currency, needs_currency="CNY", is_reachable=is_reachable
+        ) and (wallet := await stack.enter_async_context(open_wechatpay(wechatpay, app[CLOCK]))):
+            providers.append(wallet)
         sandbox = await asyncio.to_thread(
             open_sandbox, app, http, section.providers.sandbox.secret, is_private=is_private
         )
@@ -41,7 +47,9 @@ async def open_providers(app: web.Application) -> AsyncIterator[Mapping[str, Pro
         yield {provider.name: provider for provider in providers}
 
 
-def _is_complete(name: str, section: Section, currency: str, *, needs_currency: str, is_reachable: bool) -> bool:
+def _is_complete(
+    name: str, section: Section, currency: str, *, needs_currency: str, is_reachable: bool
+) -> bool:
     """Whether a provider can be used; what is missing of one that somebody began to configure is logged."""
     keys: dict[str, str] = section.model_dump(exclude=set(OPTIONAL))
     if not any(keys.values()):
@@ -52,7 +60,9 @@ def _is_complete(name: str, section: Section, currency: str, *, needs_currency: 
     if needs_currency and currency != needs_currency:
         missing.append(f"billing.currency = {needs_currency}")
     if missing:
-        log.warning("a payment provider stays closed", extra={"provider": name, "missing": ", ".join(missing)})
+        log.warning(
+            "a payment provider stays closed", extra={"provider": name, "missing": ", ".join(missing)}
+        )
     return not missing
 
 
