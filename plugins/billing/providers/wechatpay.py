@@ -192,7 +192,7 @@ class Wechatpay:
             )
             if 400 <= answer.status < 500 and answer.code in REFUSALS:
                 made = await self._ask(self._api.query_refund(wish.id.hex))
-                if made.status == 404:
+                if made.status == 404 and made.code:
                     raise RefundRefused(f"{answer.fields.get('message') or 'No reason'} ({answer.code}).")
                 answer = made
         status = answer.fields.get("status")

@@ -37,7 +37,7 @@ class Notification(Incoming, extra="ignore"):
 
 
 class Amount(Incoming, extra="ignore"):
-    """What the order was for, in fen; with a coupon its payer has paid less, and we receive the same."""
+    """What the order was for, in fen, whatever its payer's coupons took off."""
 
     total: int
     currency: str = "CNY"
