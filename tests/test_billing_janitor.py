@@ -149,7 +149,7 @@ async def test_a_cancelled_order_is_closed_at_its_provider(bank: House) -> None:
     assert provider.closed.count(order["number"]) == 1
     page = await client.post(f"//checkout/standin/{order['number']}")
     assert page.status == 409
-    provider.paid[order["number"]] = "slipped through"
+    provider.paid[order["number"]] = "slipped-through"
     await later(bank, order, 901)
     assert await booked(bank, "unapplied_payment", order) == {"unapplied": 5000, "clearing": -5000}
 

@@ -119,7 +119,7 @@ async def test_an_unapplied_payment_goes_back_whole(bank: House, admin: Client) 
     payment = await late_payment(bank, admin, client)
     assert (await give_back(admin, payment, 4999)).code == "invalid_state"
     refund = await give_back(admin, payment, 5000)
-    assert (refund.status, refund.json["state"]) == (201, "requested")
+    assert refund.status == 201
     assert (await give_back(admin, payment, 5000)).code == "invalid_state"
     assert (await admin.post(f"/billing/payments/{payment['id']}/apply", WHY)).code == "invalid_state"
     await carried_out(bank)

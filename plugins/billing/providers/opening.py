@@ -35,7 +35,7 @@ class _Server:
     is_reachable: bool
 
     def takes(self, name: str, section: Section, *, currency: str = "") -> bool:
-        """Whether a provider can be used; what is missing of one that somebody began to configure is logged."""
+        """Whether a provider can be used; what a half configured one lacks is logged."""
         keys: dict[str, str] = section.model_dump(exclude=set(OPTIONAL))
         if not any(keys.values()):
             return False
