@@ -114,7 +114,7 @@ class Trouble:
     async def strike(self, provider: Provider, total: int) -> None:
         """Do it all in any order, at random moments while `total` callbacks are delivered."""
         what = random.sample(("kill",) * KILLS + ("crash",) * CRASHES, KILLS + CRASHES)
-        moments = sorted(random.uniform(0.05, 0.8) * total for _ in what)
+        moments = sorted(random.uniform(0.05, 0.6) * total for _ in what)
         for one, moment in zip(what, moments, strict=True):
             while provider.acknowledged < moment:
                 await asyncio.sleep(0.005)
