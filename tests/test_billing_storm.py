@@ -69,6 +69,11 @@ class Provider:
     unavailable_at: list[float] = field(default_factory=list)
     unforeseen: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def done(self) -> int:
+        """Callbacks that are not delivered again."""
+        return self.acknowledged + self.unforeseen.total()
+
     async def report(self, order: Order, bodies: Iterable[bytes]) -> None:
         """Deliver these callbacks of an order, all at once."""
         await asyncio.gather(*(self._deliver(order, body) for body in bodies))
@@ -84,7 +89,7 @@ class Provider:
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
                 self.unavailable_at.append(time.monotonic())
             elif status:
-                self.unforeseen[f"{status} {text[:200]!r}"] += 1
+                self.unforeseen[f"{status} {text[:60]!r}"] += 1
                 return
             else:
                 self.broken_at.append(time.monotonic())
@@ -116,7 +121,7 @@ class Trouble:
         what = random.sample(("kill",) * KILLS + ("crash",) * CRASHES, KILLS + CRASHES)
         moments = sorted(random.uniform(0.05, 0.6) * total for _ in what)
         for one, moment in zip(what, moments, strict=True):
-            while provider.acknowledged < moment:
+            while provider.done < moment:
                 await asyncio.sleep(0.005)
             await asyncio.sleep(random.uniform(0, 0.02))
             began = time.monotonic()
