@@ -166,5 +166,6 @@ async def assert_books_sound(database: Database) -> None:
         " OR o.id IS NULL OR o.amount <> e.amount"
     )
     assert not await database.fetch(
-        "SELECT FROM ledger_entries WHERE kind = 'top_up' AND amount > 0 GROUP BY reference HAVING count(*) > 1"
+        "SELECT FROM ledger_entries WHERE kind = 'top_up' AND amount > 0"
+        " GROUP BY reference HAVING count(*) > 1"
     )
