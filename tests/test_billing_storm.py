@@ -31,7 +31,7 @@ ORDERS = int(os.environ.get("TEST_STORM_ORDERS", "40"))
 """How many orders are paid in each of two storms; CI makes more."""
 COPIES = 20
 USERS = 8
-ORDERS_AT_ONCE = 25
+ORDERS_AT_ONCE = 8
 CLOSED_SHARE = 0.1
 KILLS = 1 + ORDERS // 250
 CRASHES = 1 + ORDERS // 500
