@@ -1,12 +1,12 @@
 """How fast payments are booked, beside PostgreSQL's own speed: `python -m benchmarks.payments [seconds]`.
 
-A `python -m server` in a temporary folder, on a private PostgreSQL that is durable as it comes and takes more
-connections, is sent signed callbacks of distinct pending orders over loopback by another process, each once.
-Then pgbench does on the same PostgreSQL, in the same tables, what one callback makes the database do: one
-transaction and nine statements, prepared, for a distinct order each. Every payment moves money out of the same
-`clearing` account: whoever books one at a time waits there for the commit before. So pgbench also runs without
-that row's update, which leaves a ledger that is wrong; its fastest run is the measure, and callbacks shall be
-1.5 times as fast.
+A `python -m server` in a temporary folder, on a private PostgreSQL that is durable as it comes and takes
+more connections, is sent signed callbacks of distinct pending orders over loopback by another process, each
+once. Then pgbench does on the same PostgreSQL, in the same tables, what one callback makes the database do:
+one transaction and nine statements, prepared, for a distinct order each. Every payment moves money out of
+the same `clearing` account: whoever books one at a time waits there for the commit before. So pgbench also
+runs without that row's update, which leaves a ledger that is wrong; its fastest run is the measure, and
+callbacks shall be 1.5 times as fast.
 
 Neither has to share with the other: they take turns, callbacks first and last. Each runs for the given
 seconds (default 6; at most 8, so that all of it ends within two minutes). Processor time is that of the
