@@ -94,9 +94,10 @@ async def charges(house: House, device_id: str) -> int:
 
 
 async def ran(house: House, device_id: str, seconds: int) -> None:
-    """Let the database think that a phone has been running unpaid for so much longer."""
+    """Let both clocks think that a phone has been running unpaid for so much longer."""
     await house.app[DATABASE].execute(
-        "UPDATE devices SET metered_until = metered_until - make_interval(secs => $2) WHERE id = $1",
+        "UPDATE device_meters SET metered_until = metered_until - make_interval(secs => $2),"
+        " steady_s = steady_s - $2 WHERE device_id = $1",
         UUID(device_id),
         float(seconds),
     )

@@ -17,15 +17,15 @@ async def test_running_time_is_charged_exactly(house: House) -> None:
         await ran(house, device_id, seconds)
         await metering.meter()
     row = await house.app[DATABASE].fetchrow(
-        "SELECT extract(epoch FROM metered_until - started_at)::bigint AS behind_s, charge_remainder"
-        " FROM devices WHERE id = $1",
+        "SELECT extract(epoch FROM m.metered_until - d.started_at)::bigint AS behind_s, m.remainder"
+        " FROM device_meters m JOIN devices d ON d.id = m.device_id WHERE d.id = $1",
         UUID(device_id),
     )
     assert row is not None
     paid = await charges(house, device_id)
     # What was metered is what the meter was set back by, and what passed since it started.
     metered_s = 3600 + 100 + 100 + 7 + 33 + 1800 + 59 + row["behind_s"]
-    assert paid * 3600 + row["charge_remainder"] == 20 * metered_s
+    assert paid * 3600 + row["remainder"] == 20 * metered_s
     assert before - await balance(owner) == paid
     await ran(house, device_id, 720)
     await act(owner, device_id, "stop", "stopped")
