@@ -5,8 +5,10 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+from plugins.billing.ledger import ACCOUNTS, Posting
+from plugins.billing.model import AccountKind
 from plugins.devices.room import DEVICES
 from server.interfaces import DATABASE
 from tests.house import Client, House
@@ -80,6 +82,13 @@ async def told(owner: Client) -> list[dict[str, Any]]:
 async def balance(owner: Client) -> int:
     """What the owner has."""
     return int((await owner.get("/billing/balance")).json["balance"])
+
+
+async def give(house: House, owner: Client, amount: int) -> None:
+    """Top a balance up."""
+    gift = Posting(UUID(owner.user["id"]), amount, AccountKind.PROMOTIONS, "gift", str(uuid4()))
+    async with house.app[DATABASE].transaction() as tx:
+        await house.app[ACCOUNTS].post(tx, [gift])
 
 
 async def charges(house: House, device_id: str) -> int:

@@ -2,8 +2,8 @@
 
 Two clocks. What counts is the database's, which everything agrees on and a restart finds again. It may be
 set forwards or back while phones run, so a row also holds what our steady clock said at the same moment:
-where the two disagree about how long ago that was, the database's was set, and the steady one is believed. A
-server that was just started has no earlier steady time; then the database's clock counts alone.
+where the two disagree about how long ago that was, the database's was set, and the steady one is believed. Of
+the time in which no server ran, the database's clock alone knows.
 
 A transaction locks meters first, then the ledger's accounts, then notifications.
 """
@@ -57,8 +57,21 @@ class Meters:
         self._clock = clock
 
     async def open(self, database: Database) -> None:
-        """Forget the steady clock of a server that is gone. Before anything else."""
-        await database.execute("UPDATE device_meters SET steady_s = NULL WHERE steady_s IS NOT NULL")
+        """Take over the meters of a server that is gone, and with it its steady clock. Before anything else.
+
+        Until now the database's clock counts alone; if it was set back meanwhile, phones pay from now on.
+        """
+        async with database.transaction() as tx:
+            now = await self.moment(tx)
+            await tx.execute(
+                """
+                UPDATE device_meters SET metered_until = least(metered_until, $1),
+                    steady_s = $2 - greatest(extract(epoch FROM $1 - metered_until), 0)::double precision
+                WHERE metered_until IS NOT NULL
+                """,
+                now.at,
+                now.steady_s,
+            )
 
     async def moment(self, tx: Tx) -> Moment:
         """Now. Where the answer came late, nobody knows when within the wait it was true."""
