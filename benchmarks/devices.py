@@ -416,13 +416,17 @@ async def _fill(database: Database, installation: UUID, phones: Sequence[FakePho
         await tx.executemany(
             """
             INSERT INTO devices (id, owner_id, name, image, plan, price_per_hour, hardware, state,
-                wanted_state, started_at, metered_until, run)
-            VALUES ($1, $2, 'mine', 'android-12', 'basic', 20, $3, 'running', 'running', now(), now(), $4)
+                wanted_state, started_at, run)
+            VALUES ($1, $2, 'mine', 'android-12', 'basic', 20, $3, 'running', 'running', now(), $4)
             """,
             [
                 (UUID(phone.phone), owner, hardware, phone.started_at)
                 for phone, owner in zip(phones, owners, strict=True)
             ],
+        )
+        await tx.execute(
+            "INSERT INTO device_meters (device_id, owner_id, price_per_hour, metered_until)"
+            " SELECT id, owner_id, price_per_hour, started_at FROM devices"
         )
         await tx.executemany(
             "INSERT INTO device_ports (node, port, role, device_id) VALUES ('local', $1, $2, $3)",

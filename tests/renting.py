@@ -5,8 +5,10 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+from plugins.billing.ledger import ACCOUNTS, Posting
+from plugins.billing.model import AccountKind
 from plugins.devices.room import DEVICES
 from server.interfaces import DATABASE
 from tests.house import Client, House
@@ -82,6 +84,13 @@ async def balance(owner: Client) -> int:
     return int((await owner.get("/billing/balance")).json["balance"])
 
 
+async def give(house: House, owner: Client, amount: int) -> None:
+    """Top a balance up."""
+    gift = Posting(UUID(owner.user["id"]), amount, AccountKind.PROMOTIONS, "gift", str(uuid4()))
+    async with house.app[DATABASE].transaction() as tx:
+        await house.app[ACCOUNTS].post(tx, [gift])
+
+
 async def charges(house: House, device_id: str) -> int:
     """All that was ever charged for a device, in minor units."""
     return int(
@@ -94,9 +103,10 @@ async def charges(house: House, device_id: str) -> int:
 
 
 async def ran(house: House, device_id: str, seconds: int) -> None:
-    """Let the database think that a phone has been running unpaid for so much longer."""
+    """Let both clocks think that a phone has been running unpaid for so much longer."""
     await house.app[DATABASE].execute(
-        "UPDATE devices SET metered_until = metered_until - make_interval(secs => $2) WHERE id = $1",
+        "UPDATE device_meters SET metered_until = metered_until - make_interval(secs => $2),"
+        " steady_s = steady_s - $2 WHERE device_id = $1",
         UUID(device_id),
         float(seconds),
     )

@@ -1,7 +1,7 @@
 """Devices: rented phones, their states, ports and prices, and how they are seen and touched.
 
-Tables: `devices`, `device_ports`, `device_installation` (the id that marks our containers, and where phones
-ran last).
+Tables: `devices`, `device_ports`, `device_meters`, `balance_warnings` (what owners were told of theirs), and
+`device_installation` (the id that marks our containers, and where phones ran last).
 
 Invariants: what is wanted of a phone is a row before anything happens to the phone; whatever is broken
 off is taken up again from there, also after a kill -9, and phones outlive the server. A port belongs to
@@ -10,8 +10,9 @@ costs from the moment it runs until somebody asks for its end, to the second; no
 came up, or for time in which nobody could see it run. Its owner hears of every change of state.
 
 `fleet` holds the rows and their mirror in memory, `room` the operations, `bulk` many at once; `reconciler`
-carries them out in `turns` and mends by `repairs`; `metering` counts, `control` and `files` talk to a running
-phone, `machine` says where phones run and `checks` what that machine lacks.
+carries them out in `turns` and mends by `repairs`; `metering` charges what `meters` count, `outlook` says for
+how long a balance lasts; `control` and `files` talk to a running phone, `machine` says where phones run and
+`checks` what that machine lacks.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from plugins.devices.checks import CHECKS
 from plugins.devices.fleet import Fleet, read_devices
 from plugins.devices.links import Links
 from plugins.devices.machine import choose, runtime_beside, would_run
-from plugins.devices.metering import Metering
+from plugins.devices.metering import CHARGE_EVERY_S, Metering
 from plugins.devices.model import DeviceState
 from plugins.devices.reconciler import Reconciler
 from plugins.devices.repairs import compare
@@ -49,15 +50,18 @@ from server.interfaces import (
     DATA_DIR,
     DATABASE,
     EVENTS,
+    JOBS,
     LEDGER,
     NOTIFIER,
     PHONES,
+    SPENDING,
 )
 from server.observe import METRICS, Metrics, log
 from server.pages import PAGE_CONTEXT
 from server.plugin import Check, Job, Lifespan, Plugin, PluginFault, Repair
 
 OPEN_DEADLINE_S: Final = 60.0
+METER_JOB: Final = "devices.meter"
 
 METERING: Final = web.AppKey("METERING", Metering)
 RECONCILER: Final = web.AppKey("RECONCILER", Reconciler)
@@ -98,7 +102,8 @@ def lifespan_with(make_runtime: MakeRuntime | None = None) -> Lifespan:
         fleet = Fleet(app[DATABASE], app[NOTIFIER], ports)
         await fleet.load()
         links = Links(machine.reached_at(section.bind_address))
-        metering = Metering(app[DATABASE], app[LEDGER], app[EVENTS], fleet, section)
+        metering = Metering(app, fleet, section)
+        await metering.open()
         reconciler = Reconciler(
             runtime,
             fleet,
@@ -117,6 +122,7 @@ def lifespan_with(make_runtime: MakeRuntime | None = None) -> Lifespan:
             )
             app[METERING], app[RECONCILER] = metering, reconciler
             app[PAGE_CONTEXT].append(facts_of_page)
+            app[SPENDING].append(metering.spending_of)
             _measure(app[METRICS], fleet)
             watching = asyncio.create_task(reconciler.watch(runtime.events()))
             try:
@@ -162,16 +168,19 @@ def _free(fleet: Fleet, name: str) -> int:
 
 async def _reconcile(app: web.Application) -> None:
     """Compare rows and machine; one that is away says so itself, and is asked when it is back."""
+    vouched = app[RECONCILER].vouches()
     with suppress(RuntimeUnavailable):
         await app[RECONCILER].reconcile()
+        if not vouched:
+            app[JOBS].ring(METER_JOB)
 
 
 async def _meter(app: web.Application) -> None:
     """Charge, unless nobody could see the phones run: what they owe is charged once somebody can."""
-    with suppress(RuntimeUnavailable):
-        await app[DEVICES].runtime.check()
-        if app[RECONCILER].vouches():
-            await app[METERING].meter()
+    seen = await app[DEVICES].is_seen()
+    await app[METERING].reprice(seen=seen)
+    if seen:
+        await app[METERING].meter()
 
 
 async def _expire(app: web.Application) -> None:
@@ -215,13 +224,13 @@ PLUGIN: Final = Plugin(
     name="devices",
     config=DevicesSection,
     lifespan=lifespan_with(),
-    needs=(AUDIT, NOTIFIER, LEDGER),
+    needs=(AUDIT, NOTIFIER, LEDGER, SPENDING),
     provides=(PHONES,),
     migrations=MIGRATIONS,
     routes=routes.declared,
     jobs=(
         Job("devices.reconcile", every_s=30, deadline_s=60, run=_reconcile),
-        Job("devices.meter", every_s=10, deadline_s=60, run=_meter),
+        Job(METER_JOB, every_s=CHARGE_EVERY_S, deadline_s=60, run=_meter),
         Job("devices.expire", every_s=3600, deadline_s=120, run=_expire),
     ),
     checks=(

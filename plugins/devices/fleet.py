@@ -144,8 +144,8 @@ class Fleet:
         updated_at = await tx.fetchval(
             """
             UPDATE devices SET name = $2, state = $3, detail = $4, detail_params = $5, wanted_state = $6,
-                generation = $7, started_at = $8, metered_until = $9, charge_remainder = $10, warned = $11,
-                spent_at = $12, revived_at = $13, run = $14, updated_at = now()
+                generation = $7, started_at = $8, deletion_warned = $9, spent_at = $10, revived_at = $11,
+                run = $12, plan = $13, price_per_hour = $14, hardware = $15, updated_at = now()
             WHERE id = $1 RETURNING updated_at
             """,
             device.id,
@@ -156,12 +156,13 @@ class Fleet:
             device.wanted,
             device.generation,
             device.started_at,
-            device.metered_until,
-            device.charge_remainder,
-            device.warned,
+            device.deletion_warned,
             device.spent_at,
             device.revived_at,
             device.run,
+            device.plan,
+            device.price_per_hour,
+            asdict(device.hardware),
         )
         if device.ports != before.ports:
             await tx.execute("DELETE FROM device_ports WHERE device_id = $1", device.id)
@@ -264,8 +265,8 @@ async def read_devices(database: Database, device_id: UUID | None = None) -> lis
     rows = await database.fetch(
         """
         SELECT id, owner_id, name, image, plan, price_per_hour, hardware, state, detail, detail_params,
-            wanted_state, generation, created_at, updated_at, started_at, metered_until,
-            charge_remainder, warned, spent_at, revived_at, node, run
+            wanted_state, generation, created_at, updated_at, started_at,
+            deletion_warned, spent_at, revived_at, node, run
         FROM devices WHERE $1::uuid IS NULL OR id = $1
         """,
         device_id,

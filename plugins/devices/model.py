@@ -1,7 +1,7 @@
 """What a device is: its states, its row as memory holds it, and the models of the API."""
 
 import unicodedata
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -87,6 +87,19 @@ class Hardware:
             log_mb=plan.log_mb,
         )
 
+    def on(self, plan: PlanSection) -> Self:
+        """The same image on another plan."""
+        return replace(
+            self,
+            cpus=plan.cpus,
+            memory_mb=plan.memory_mb,
+            width=plan.width,
+            height=plan.height,
+            dpi=plan.dpi,
+            pids_limit=plan.pids_limit,
+            log_mb=plan.log_mb,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Detail:
@@ -109,6 +122,7 @@ class Rented:
     """A device's row. `generation` rises with each intent; `ports` are held until the phone is gone.
 
     `run` is the machine's name for the run in which the phone came up: another one began by itself.
+    `spent_at` is since when its owner has had nothing to run it with, where it was stopped for that.
     """
 
     id: UUID
@@ -125,9 +139,7 @@ class Rented:
     detail: Detail = NOTHING
     generation: int = 1
     started_at: datetime | None = None
-    metered_until: datetime | None = None
-    charge_remainder: int = 0
-    warned: bool = False
+    deletion_warned: bool = False
     spent_at: datetime | None = None
     revived_at: datetime | None = None
     node: str = LOCAL_NODE
@@ -305,9 +317,10 @@ class NewDevice(Incoming):
 
 
 class DeviceChanges(Incoming):
-    """What to change."""
+    """What to change; what is left out stays."""
 
-    name: Name
+    name: Name | None = None
+    plan: Annotated[str, Field(max_length=64)] | None = None
 
 
 class DeviceQuery(PageQuery):

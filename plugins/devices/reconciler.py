@@ -79,7 +79,7 @@ class Reconciler:
         self._audit = audit
         self._clock = clock
         self._bind_address = section.bind_address
-        self._steps = Steps(runtime, fleet, links, database, events, clock, section)
+        self._steps = Steps(runtime, fleet, links, metering, database, events, clock, section)
         self._work = KeyedLocks[UUID]()  # guards: one device's phone, from a task to its successor
         self._current: dict[UUID, _Attending] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -268,9 +268,8 @@ class Reconciler:
         Nobody knows since when it was down, so the time since its last charge is not paid.
         """
         now = await now_of(tx)
-        device = replace(
-            await self._metering.end(tx, device, charge=False), generation=device.generation + 1, run=None
-        )
+        await self._metering.end(tx, device, charge=False)
+        device = replace(device, generation=device.generation + 1, run=None)
         revived_at = device.revived_at
         if revived_at and self._back_at and revived_at < self._back_at:
             revived_at = None  # the machine went away since, and phones with it

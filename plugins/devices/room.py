@@ -18,6 +18,7 @@ from plugins.devices.metering import Metering
 from plugins.devices.model import (
     NOTHING,
     Detail,
+    DeviceChanges,
     DeviceQuery,
     DeviceState,
     Hardware,
@@ -40,6 +41,7 @@ from server.locks import KeyedLocks
 ASK_DEADLINE_S: Final = 4.5
 """Whoever asks for a phone hears within 5 s that the machine does not answer."""
 LOG_LINES: Final = 200
+NO_SUCH_PLAN: Final = N_("There is no such plan; see /api/v1/device-plans.")
 
 _STOPPABLE = frozenset({DeviceState.CREATING, DeviceState.STARTING, DeviceState.RUNNING})
 _STARTABLE = frozenset({DeviceState.STOPPED, DeviceState.FAILED})
@@ -206,12 +208,27 @@ class Devices:
                 await self._metering.require_cover(tx, device)
                 return await self._fleet.insert(tx, device)
 
-    async def rename(self, caller: Caller, device_id: UUID, name: str) -> Rented:
-        """Give a device another name. Raises Problem(not_found)."""
+    async def change(self, caller: Caller, device_id: UUID, changes: DeviceChanges) -> Rented:
+        """Give a device another name, or one that is down another plan for its next start.
+
+        Raises Problem: not_found, invalid, invalid_state.
+        """
         async with self._fleet.holding(device_id):
             device = self.find(caller, device_id)
+            if changes.name is not None:
+                device = replace(device, name=changes.name)
+            if changes.plan is not None and changes.plan != device.plan:
+                device = self._on_plan(device, changes.plan)
             async with self._fleet.transaction(device_id) as tx:
-                return await self._fleet.store(tx, replace(device, name=name))
+                return await self._fleet.store(tx, device)
+
+    def _on_plan(self, device: Rented, name: str) -> Rented:
+        plan = self.plans.get(name)
+        if plan is None:
+            raise Problem(Code.INVALID, errors=[("plan", NO_SUCH_PLAN)])
+        _require(device, _STARTABLE)
+        hardware = device.hardware.on(plan)
+        return replace(device, plan=plan.name, price_per_hour=plan.price_per_hour, hardware=hardware)
 
     async def start(self, caller: Caller, device_id: UUID) -> Rented:
         """Start a stopped or failed phone.
@@ -265,15 +282,15 @@ class Devices:
         allowed: frozenset[DeviceState],
     ) -> Rented:
         """Write down what is wanted; the reconciler carries it out, once the machine answers."""
-        is_seen = await self._is_seen()
+        is_seen = await self.is_seen()
         async with self._fleet.holding(device_id):
             device = self.find(caller, device_id)
             _require(device, allowed)
             async with self._fleet.transaction(device_id) as tx:
-                device = await self._metering.end(tx, device, charge=is_seen)
+                await self._metering.end(tx, device, charge=is_seen)
                 return await self._fleet.store(tx, _aimed(device, state, wanted))
 
-    async def _is_seen(self) -> bool:
+    async def is_seen(self) -> bool:
         """Whether the machine vouches for its phones: time that nobody saw a phone run is not paid."""
         try:
             async with asyncio.timeout(ASK_DEADLINE_S):
@@ -300,7 +317,7 @@ class Devices:
                 device = replace(device, ports=stack.enter_context(self._fleet.new_ports(device.id)))
             async with self._fleet.transaction(device.id) as tx:
                 await self._metering.require_cover(tx, device)
-                device = replace(device, warned=False, spent_at=None, revived_at=None, run=None)
+                device = replace(device, deletion_warned=False, spent_at=None, revived_at=None, run=None)
                 return await self._fleet.store(tx, _aimed(device, state, Wanted.RUNNING))
 
     async def _require_machine(self) -> None:
@@ -318,7 +335,7 @@ class Devices:
         if image is None:
             errors.append(("image", N_("There is no such image; see /api/v1/device-images.")))
         if plan is None:
-            errors.append(("plan", N_("There is no such plan; see /api/v1/device-plans.")))
+            errors.append(("plan", NO_SUCH_PLAN))
         raise Problem(Code.INVALID, errors=errors)
 
     def _in_range(self, ports: PortTriple) -> bool:

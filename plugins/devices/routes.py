@@ -90,10 +90,14 @@ async def get(request: web.Request, caller: Caller, device_id: UUID) -> Device:
     return _shown(request, request.app[DEVICES].find(caller, device_id))
 
 
-@routes.api("PATCH", "/devices/{device_id}", access=Access.USER)
-async def rename(request: web.Request, caller: Caller, device_id: UUID, body: DeviceChanges) -> Device:
-    """Give a device another name."""
-    return _shown(request, await request.app[DEVICES].rename(caller, device_id, body.name))
+@routes.api("PATCH", "/devices/{device_id}", access=Access.USER, problems=(Code.INVALID_STATE,))
+async def change(request: web.Request, caller: Caller, device_id: UUID, body: DeviceChanges) -> Device:
+    """Give a device another name or another plan.
+
+    Another plan is for a stopped or failed phone: its size and price hold from the next start on, its data
+    stays.
+    """
+    return _shown(request, await request.app[DEVICES].change(caller, device_id, body))
 
 
 @routes.api("DELETE", "/devices/{device_id}", access=Access.USER, status=202)

@@ -49,4 +49,28 @@ MIGRATIONS: Final = (
     );
     INSERT INTO device_installation DEFAULT VALUES;
     """,
+    """
+    CREATE TABLE device_meters (
+        device_id      uuid PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+        owner_id       uuid NOT NULL,
+        price_per_hour bigint NOT NULL CHECK (price_per_hour >= 0),
+        metered_until  timestamptz,
+        steady_s       double precision CHECK (steady_s IS NULL OR metered_until IS NOT NULL),
+        remainder      bigint NOT NULL DEFAULT 0 CHECK (remainder BETWEEN 0 AND 3599)
+    );
+    INSERT INTO device_meters (device_id, owner_id, price_per_hour, metered_until, remainder)
+        SELECT id, owner_id, price_per_hour, metered_until, charge_remainder FROM devices
+        WHERE metered_until IS NOT NULL OR charge_remainder > 0;
+    CREATE TABLE balance_warnings (
+        owner_id uuid NOT NULL REFERENCES users (id),
+        minutes  integer NOT NULL,
+        PRIMARY KEY (owner_id, minutes)
+    );
+    INSERT INTO balance_warnings (owner_id, minutes)
+        SELECT DISTINCT owner_id, minutes FROM devices, unnest(ARRAY[10, 60]) AS minutes
+        WHERE state = 'running' AND warned;
+    UPDATE devices SET warned = false WHERE spent_at IS NULL;
+    ALTER TABLE devices DROP COLUMN metered_until, DROP COLUMN charge_remainder;
+    ALTER TABLE devices RENAME COLUMN warned TO deletion_warned;
+    """,
 )

@@ -25,6 +25,7 @@ from phones.runtime import (
 )
 from plugins.devices.fleet import Fleet
 from plugins.devices.links import Links
+from plugins.devices.metering import Metering
 from plugins.devices.model import COMING_UP, NOTHING, PASSING, Detail, DeviceState, Rented, Wanted
 from plugins.devices.section import DevicesSection
 from plugins.devices.turns import Place, Turns
@@ -68,6 +69,7 @@ class Steps:
         runtime: Runtime,
         fleet: Fleet,
         links: Links,
+        metering: Metering,
         database: Database,
         events: Events,
         clock: Clock,
@@ -81,6 +83,7 @@ class Steps:
         self._runtime = runtime
         self._fleet = fleet
         self._links = links
+        self._metering = metering
         self._database = database
         self._events = events
         self._clock = clock
@@ -262,19 +265,8 @@ class Steps:
             if current is None:
                 return
             async with self._fleet.transaction(device.id) as tx:
-                now = await now_of(tx)
-                await self._fleet.store(
-                    tx,
-                    replace(
-                        current,
-                        state=DeviceState.RUNNING,
-                        detail=NOTHING,
-                        started_at=now,
-                        metered_until=now,
-                        warned=False,
-                        run=run or None,
-                    ),
-                )
+                running = await self._metering.start(tx, current)
+                await self._fleet.store(tx, replace(running, detail=NOTHING, run=run or None))
 
     async def end(self, device: Rented) -> None:
         """Bring the phone down. Raises RuntimeFault."""
