@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import AsyncIterator
-from datetime import date, timedelta
+from datetime import date
 from decimal import Decimal
 from typing import Any, Final, Self
 from uuid import UUID
@@ -90,9 +90,10 @@ class Usage:
 
     def period(self, query: PeriodQuery) -> tuple[date, date]:
         """The days asked for, what is missing filled in."""
-        last = query.last or (query.first + timedelta(days=DAYS - 1) if query.first else None)
-        last = last or self._clock.now().date()
-        return query.first or last - timedelta(days=DAYS - 1), last
+        if query.first and not query.last:
+            return query.first, _days_away(query.first, DAYS - 1)
+        last = query.last or self._clock.now().date()
+        return query.first or _days_away(last, 1 - DAYS), last
 
     async def by_day(self, user_id: UUID, query: PeriodQuery) -> UsageReport:
         """What each phone cost on each day."""
@@ -200,6 +201,11 @@ class Usage:
 
 
 USAGE: Final = web.AppKey("USAGE", Usage)
+
+
+def _days_away(day: date, days: int) -> date:
+    """Another day, as far as the calendar goes."""
+    return date.fromordinal(min(max(day.toordinal() + days, 1), date.max.toordinal()))
 
 
 def _cell(text: str) -> str:
