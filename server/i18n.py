@@ -24,7 +24,7 @@ from pathlib import Path
 
 from aiohttp import web
 from babel import Locale
-from babel.dates import format_date, format_timedelta
+from babel.dates import format_date, format_skeleton, format_timedelta
 from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_dir
 from babel.messages.mofile import write_mo
@@ -121,6 +121,11 @@ def day(on: date, locale: str) -> str:
     return format_date(on, locale=_BABEL[locale])
 
 
+def month(on: date, locale: str) -> str:
+    """A day's month and year as the reader writes them."""
+    return format_skeleton("yMMMM", on, locale=_BABEL[locale])
+
+
 def file_size(size_bytes: int, locale: str) -> str:
     """A size in decimal units, to three figures at most: `850 byte`, `12.3 MB`."""
     size = float(size_bytes)
@@ -210,6 +215,7 @@ def _load_locale(locale: str) -> None:
     file_size(1234, locale)
     duration(60, locale)
     stretch(90_000, locale)
+    month(date(2000, 1, 1), locale)
 
 
 def _extract() -> Catalog:

@@ -165,9 +165,7 @@ class Refunds:
             caller.user_id,
         )
         if not is_unapplied and await self._accounts.lock_balance(tx, row["user_id"]) < wish.amount:
-            raise _unfit(
-                Code.INSUFFICIENT_BALANCE, N_("The user has spent more of it than that leaves.")
-            )
+            raise _unfit(Code.INSUFFICIENT_BALANCE, N_("The user has spent more of it than that leaves."))
         await self._accounts.post(tx, [_posting(row, -wish.amount, "refund", is_unapplied)])
         await self._audit.record(
             tx,

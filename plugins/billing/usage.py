@@ -2,6 +2,7 @@
 
 import csv
 import io
+from calendar import monthrange
 from collections.abc import AsyncIterator
 from datetime import date
 from decimal import Decimal
@@ -20,6 +21,7 @@ from server.interfaces import CLOCK, DATABASE
 
 DAYS: Final = 30
 MOST_DAYS: Final = 366
+MONTHS: Final = 3
 CHUNK: Final = 1000
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -94,6 +96,16 @@ class Usage:
             return query.first, _days_away(query.first, DAYS - 1)
         last = query.last or self._clock.now().date()
         return query.first or _days_away(last, 1 - DAYS), last
+
+    def latest_months(self) -> list[tuple[date, date]]:
+        """The first and the last day of this month and of the two before it."""
+        months: list[tuple[date, date]] = []
+        last = self._clock.now().date()
+        last = last.replace(day=monthrange(last.year, last.month)[1])
+        for _ in range(MONTHS):
+            months.append((last.replace(day=1), last))
+            last = _days_away(last.replace(day=1), -1)
+        return months
 
     async def by_day(self, user_id: UUID, query: PeriodQuery) -> UsageReport:
         """What each phone cost on each day."""
