@@ -67,8 +67,8 @@ REPORT = UsageReport(
 NO_USE = UsageReport(first_day=DAY, last_day=DAY, currency="CNY", total=0, items=[])
 SPENDING = {"balance": 1000, "currency": "CNY", "spending_per_hour": 20, "lasts_s": 90_000}
 IDLE = SPENDING | {"spending_per_hour": 0, "lasts_s": None}
-PERIOD = {"months": [(DAY, DAY)], "errors": {}, "values": {}}
-WRONG_PERIOD = {
+PERIOD: dict[str, object] = {"months": [(DAY, DAY)], "errors": {}, "values": {}}
+WRONG_PERIOD: dict[str, object] = {
     "months": [(DAY, DAY)],
     "errors": {"": NASTY, "from": NASTY, "to": NASTY},
     "values": {"from": NASTY, "to": NASTY},

@@ -12,7 +12,7 @@ from plugins.billing.corrections import CORRECTIONS, NewCorrection
 from plugins.billing.ledger import ACCOUNTS
 from plugins.billing.model import MOST_AN_ORDER, Reason
 from plugins.billing.overview import OVERVIEW
-from plugins.billing.received import RECEIVED, MisfitQuery, PaymentQuery
+from plugins.billing.received import RECEIVED, MisfitQuery, Payment, PaymentQuery
 from plugins.billing.refunds import REFUNDS, NewRefund, RefundQuery
 from plugins.billing.routes import open_providers
 from server.api import PageQuery, Query, Routes
@@ -167,9 +167,12 @@ async def review_on_page(request: web.Request, caller: Caller, event_id: UUID) -
 
 
 async def _user_context(
-    request: web.Request, user_id: UUID, query: UserQuery, failed: object = ""
+    request: web.Request, user_id: UUID, query: UserQuery, failed: object = "", on: Payment | None = None
 ) -> dict[str, object]:
-    """Raises Problem(not_found)."""
+    """What the page shows; the payment that a form was `on` stands there wherever it is in the list.
+
+    Raises Problem(not_found).
+    """
     app = request.app
     emails = await app[DIRECTORY].emails([user_id])
     if user_id not in emails:
@@ -181,7 +184,7 @@ async def _user_context(
         "user_id": user_id,
         "email": emails[user_id],
         "now": app[ACCOUNTS].balance_of(user_id),
-        "payments": payments.items,
+        "payments": [on, *(one for one in payments.items if one != on)] if on else payments.items,
         "more_payments": payments.next_cursor,
         "orders": await app[OVERVIEW].latest_orders(user_id, limit=LATEST),
         "refunds": (await app[REFUNDS].page(RefundQuery(user_id=user_id, limit=LATEST))).items,
@@ -229,5 +232,5 @@ async def refund_on_page(
         await request.app[REFUNDS].request(caller, payment_id, wish, refund_id, _address(request))
         return f"{ADMIN_PAGE}/users/{payment.user_id}?done=refunded"
 
-    context = await _user_context(request, payment.user_id, UserQuery(), payment_id)
+    context = await _user_context(request, payment.user_id, UserQuery(), payment_id, payment)
     return await submit(request, RefundForm, act, "billing/admin_user.html", context)
