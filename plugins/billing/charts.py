@@ -49,7 +49,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Bars from the first day to the last; `zero` is how far down the line of nothing lies."""
+    """Bars from the first day to the last; `zero` is how far down the line of nothing lies.
+
+    `phones` are all of them with their sums, also those that share a colour.
+    """
 
     width: int
     zero: float
@@ -59,6 +62,7 @@ class Chart:
     lowest: int
     total: int
     series: list[Series]
+    phones: list[Series]
     bars: list[Bar]
 
 
@@ -70,10 +74,11 @@ def usage_chart(report: UsageReport) -> Chart:
         names.setdefault(item.device_id, item.name)
         sums[item.device_id] = sums.get(item.device_id, 0) + item.amount
     dearest = sorted(sums, key=lambda device_id: -sums[device_id])
-    series = [Series(at, names[one], sums[one]) for at, one in enumerate(dearest[:COLOURS])]
+    phones = [Series(min(at, COLOURS), names[one], sums[one]) for at, one in enumerate(dearest)]
+    series, cheaper = phones[:COLOURS], phones[COLOURS:]
     of_phone = dict(zip(dearest, series, strict=False))
-    if len(dearest) > COLOURS:
-        others = Series(COLOURS, "", sum(sums[one] for one in dearest[COLOURS:]))
+    if cheaper:
+        others = Series(COLOURS, "", sum(one.amount for one in cheaper))
         series.append(others)
         of_phone.update(dict.fromkeys(dearest[COLOURS:], others))
     amounts: dict[date, dict[Series, int]] = {}
@@ -81,18 +86,22 @@ def usage_chart(report: UsageReport) -> Chart:
         of_day = amounts.setdefault(item.day, {})
         one = of_phone[item.device_id]
         of_day[one] = of_day.get(one, 0) + item.amount
-    return _chart(report.first_day, report.last_day, series, amounts)
+    return _chart(report.first_day, report.last_day, series, phones, amounts)
 
 
 def revenue_chart(days: Sequence[DayOfRevenue]) -> Chart:
     """What was earned, a bar a day; below the line where more was given back than earned."""
     all_of_it = Series(0, "", sum(one.amount for one in days))
     amounts = {one.day: {all_of_it: one.amount} for one in days if one.amount}
-    return _chart(days[0].day, days[-1].day, [all_of_it], amounts)
+    return _chart(days[0].day, days[-1].day, [all_of_it], [], amounts)
 
 
 def _chart(
-    first: date, last: date, series: list[Series], amounts: Mapping[date, Mapping[Series, int]]
+    first: date,
+    last: date,
+    series: list[Series],
+    phones: list[Series],
+    amounts: Mapping[date, Mapping[Series, int]],
 ) -> Chart:
     sums = [sum(of_day.values()) for of_day in amounts.values()]
     highest, lowest = max([0, *sums]), min([0, *sums])
@@ -108,6 +117,7 @@ def _chart(
         lowest=lowest,
         total=sum(sums),
         series=series,
+        phones=phones,
         bars=[
             Bar(
                 day,
