@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import NAMESPACE_OID, UUID, uuid4, uuid5
 
 import pytest
 import pytest_asyncio
@@ -17,7 +17,7 @@ from plugins.billing.checks import CHECKS
 from plugins.billing.ledger import ACCOUNTS
 from plugins.users.routes import USERS
 from server.db import Database
-from server.interfaces import DATABASE
+from server.interfaces import DATABASE, LEDGER, Usage
 from tests.house import Client, House, Reply
 from tests.servers import Servers
 
@@ -118,6 +118,25 @@ async def administrator(house: House) -> Client:
     await house.app[DATABASE].execute("UPDATE users SET role = 'admin' WHERE id = $1", client.user["id"])
     await house.app[USERS].notice_administrators()
     return client
+
+
+async def charge(house: House, client: Client, amount: int, phone: str = "Test phone") -> None:
+    """Let somebody pay for the time of a phone, which is known by its name alone."""
+    usage = Usage(UUID(client.user["id"]), amount, str(uuid5(NAMESPACE_OID, phone)), phone)
+    async with house.app[DATABASE].transaction() as tx:
+        await house.app[LEDGER].charge(tx, [usage])
+
+
+async def move_back(house: House, client: Client, days: int) -> None:
+    """Let all that came to somebody's account and went have happened so many days earlier."""
+    async with house.app[DATABASE].transaction() as tx:
+        await tx.execute("SET LOCAL session_replication_role = replica")  # entries are final otherwise
+        await tx.execute(
+            "UPDATE ledger_entries SET created_at = created_at - make_interval(days => $2)"
+            " WHERE account_id = (SELECT id FROM ledger_accounts WHERE user_id = $1)",
+            UUID(client.user["id"]),
+            days,
+        )
 
 
 async def events_of(house: House, order: dict[str, Any]) -> list[str]:

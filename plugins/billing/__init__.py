@@ -22,6 +22,7 @@ from typing import Final
 
 from aiohttp import web
 
+from plugins.billing.admin_pages import admin_pages
 from plugins.billing.admin_routes import admin_routes
 from plugins.billing.checks import CHECK_EVERY_S, CHECK_TIMEOUT_S, CHECKS, Checks
 from plugins.billing.corrections import CORRECTIONS, Corrections
@@ -30,6 +31,7 @@ from plugins.billing.ledger import ACCOUNTS, Accounts
 from plugins.billing.model import BillingSection
 from plugins.billing.orders import ORDERS, Orders
 from plugins.billing.overview import OVERVIEW, Overview
+from plugins.billing.pages import pages
 from plugins.billing.payments import PAYMENTS, Payments
 from plugins.billing.providers import PROVIDERS
 from plugins.billing.providers.opening import open_providers
@@ -108,7 +110,7 @@ PLUGIN = Plugin(
     needs=(NOTIFIER, DIRECTORY, AUDIT),
     provides=(LEDGER, SPENDING),
     migrations=MIGRATIONS,
-    routes=[*routes.declared, *admin_routes.declared],
+    routes=[*routes.declared, *admin_routes.declared, *pages.declared, *admin_pages.declared],
     jobs=(
         Job("billing.expire_orders", every_s=_expiry_interval_s, deadline_s=60, run=_expire_orders),
         Job("billing.ask_providers", every_s=ASK_EVERY_S, deadline_s=300, run=_ask_providers),
