@@ -479,7 +479,7 @@ async def test_an_error_that_may_pass_is_no_refusal(
 ) -> None:
     order = payable()
     await bought(standin, wechatpay, order)
-    standin.fault.error = error
+    standin.fault.error, standin.fault.only = error, "POST /v3/refund"
     with pytest.raises(ProviderUnavailable, match=error[1]):
         await wechatpay.refund(wish(order, 1))
 
