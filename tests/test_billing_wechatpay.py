@@ -493,7 +493,7 @@ CALLS: dict[str, Call] = {
 }
 FAULTS: dict[str, Fault] = {
     "down": Fault(is_down=True),
-    "slow": Fault(is_slow_s=1.5),
+    "slow": Fault(is_slow_s=6),
     "system_error": Fault(error=(500, "SYSTEM_ERROR")),
     "sealed by another": Fault(seal={"key": key("another")}),
     "another key's name": Fault(seal={"serial": "PUB_KEY_ID_0000"}),
@@ -524,7 +524,7 @@ async def test_what_is_not_known_for_certain_is_asked_again(
     begun_at = asyncio.get_running_loop().time()
     with pytest.raises(ProviderUnavailable) as away:
         await CALLS[call](wechatpay, order)
-    assert asyncio.get_running_loop().time() - begun_at < 1.4
+    assert asyncio.get_running_loop().time() - begun_at < 5
     assert private_pem() not in str(away.value)
     assert len(standin.asked) == asked + 1, "nothing else is asked for, no certificates either"
 
