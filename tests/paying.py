@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import NAMESPACE_OID, UUID, uuid4, uuid5
 
 import pytest
@@ -15,6 +15,7 @@ import pytest_asyncio
 from plugins import billing, notify, users
 from plugins.billing.checks import CHECKS
 from plugins.billing.ledger import ACCOUNTS
+from plugins.billing.providers import PROVIDERS, Checkout, Payable, Provider
 from plugins.users.routes import USERS
 from server.db import Database
 from server.interfaces import DATABASE, LEDGER, Usage
@@ -118,6 +119,24 @@ async def administrator(house: House) -> Client:
     await house.app[DATABASE].execute("UPDATE users SET role = 'admin' WHERE id = $1", client.user["id"])
     await house.app[USERS].notice_administrators()
     return client
+
+
+class Wallet:
+    """As much of a payment provider as a checkout asks for: its payers scan a QR code."""
+
+    name = "wallet"
+    title = "Wallet"
+
+    async def checkout(self, order: Payable, *, back_url: str, callback_url: str) -> Checkout:
+        """A code to scan."""
+        return Checkout(qr_text=f"wallet:{order.number}")
+
+
+def open_wallet(house: House) -> Callable[[], None]:
+    """Let a house have a second payment provider; answers what closes it again."""
+    providers = cast("dict[str, Provider]", house.app[PROVIDERS])
+    providers[Wallet.name] = cast("Provider", Wallet())
+    return lambda: providers.__delitem__(Wallet.name)
 
 
 async def charge(house: House, client: Client, amount: int, phone: str = "Test phone") -> None:

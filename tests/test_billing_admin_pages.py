@@ -434,7 +434,7 @@ async def test_a_refused_refund_is_shown_whatever_page_its_payment_is_on(bank: H
 async def test_refunds_on_their_way_and_refused_ones_are_listed(bank: House) -> None:
     admin, user = await admin_of(bank), await bank.sign_up()
     payment = await paid(bank, user)
-    rows = [("requested", "", None), ("refused", f"No: {NASTY}", "now")]
+    rows = [("requested", "", None), ("refused", f"No: {NASTY}", "now"), ("done", "", "now")]
     for state, detail, settled in rows:
         await bank.app[DATABASE].execute(
             "INSERT INTO refunds (payment, id, amount, reason, state, detail, requested_by, settled_at,"
@@ -450,5 +450,7 @@ async def test_refunds_on_their_way_and_refused_ones_are_listed(bank: House) -> 
     page = await html_of(admin, OVERVIEW)
     for words in ("reason of a requested one", "On its way", "reason of a refused one", "Refused"):
         assert words in text_of(page)
+    assert "reason of a done one" not in page
+    assert "reason of a done one" in await html_of(admin, account_of(user))
     assert "The provider says: No: <script>alert(1)" in text_of(page)
     assert "<script>alert" not in page

@@ -8,12 +8,10 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import cast
 from uuid import UUID
 
 import pytest
 
-from plugins.billing.providers import PROVIDERS, Checkout, Payable, Provider
 from server.interfaces import SPENDING
 from tests.house import Client, House
 from tests.paying import (
@@ -25,6 +23,7 @@ from tests.paying import (
     deliver,
     events_of,
     move_back,
+    open_wallet,
     order_of,
     report,
     state_of,
@@ -46,25 +45,12 @@ OWN_PAGES = (
 )
 
 
-class Wallet:
-    """As much of a payment provider as a checkout asks for: its payers scan a QR code."""
-
-    name = "wallet"
-    title = "Wallet"
-
-    async def checkout(self, order: Payable, *, back_url: str, callback_url: str) -> Checkout:
-        """A code to scan."""
-        return Checkout(qr_text=f"wallet:{order.number}")
-
-
 @pytest.fixture
-def wallet(bank: House) -> Iterator[Wallet]:
+def wallet(bank: House) -> Iterator[None]:
     """A second provider."""
-    providers = cast("dict[str, Provider]", bank.app[PROVIDERS])
-    opened = Wallet()
-    providers[opened.name] = cast("Provider", opened)
-    yield opened
-    del providers[opened.name]
+    close = open_wallet(bank)
+    yield
+    close()
 
 
 async def page_of(client: Client, path: str, status: int = 200) -> str:
@@ -228,7 +214,7 @@ async def test_the_balance_page_says_how_long_the_balance_lasts(bank: House) -> 
     assert "Nothing that costs money is running." in await page_of(await bank.sign_up(), "/billing")
 
 
-async def test_a_provider_is_chosen_where_there_is_more_than_one(bank: House, wallet: Wallet) -> None:
+async def test_a_provider_is_chosen_where_there_is_more_than_one(bank: House, wallet: None) -> None:
     client = await bank.sign_up()
     page = await page_of(client, "/billing")
     assert re.findall(r'type="radio" name="provider" value="(\w+)"', page) == ["sandbox", "wallet"]
@@ -322,7 +308,7 @@ async def test_an_order_waits_for_the_providers_word(bank: House) -> None:
 
 
 async def test_a_wallets_code_waits_for_its_payment_and_knows_where_to_go_on(
-    bank: House, wallet: Wallet
+    bank: House, wallet: None
 ) -> None:
     client = await bank.sign_up()
     placed = await client.post("/billing/orders", {"amount": 700, "provider": "wallet"})
