@@ -235,6 +235,18 @@ async def test_a_clock_that_was_set_back_while_no_server_ran_makes_no_phone_free
     assert await street.paid(phone) == 2 * PRICE
 
 
+async def test_a_reading_that_comes_out_of_turn_takes_nothing_back(street: Street) -> None:
+    phone = await street.rent(await street.owner(100))
+    street.time.run(HOUR)
+    await street.metering.meter()
+    street.time.run(-1)
+    await street.metering.meter()
+    assert (await street.paid(phone), await street.remainders([phone])) == (PRICE, [0])
+    street.time.run(1 + HOUR)
+    await street.metering.meter()
+    assert await street.paid(phone) == 2 * PRICE
+
+
 class Watch:
     """A steady clock that a test reads from."""
 

@@ -59,14 +59,14 @@ class Meters:
     async def open(self, database: Database) -> None:
         """Take over the meters of a server that is gone, and with it its steady clock. Before anything else.
 
-        Until now the database's clock counts alone; if it was set back meanwhile, phones pay from now on.
+        Until now the database's clock counts alone. It may have been set back meanwhile: then from now on.
         """
         async with database.transaction() as tx:
             now = await self.moment(tx)
             await tx.execute(
                 """
-                UPDATE device_meters SET metered_until = least(metered_until, $1),
-                    steady_s = $2 - greatest(extract(epoch FROM $1 - metered_until), 0)::double precision
+                UPDATE device_meters
+                SET steady_s = $2 - greatest(extract(epoch FROM $1 - metered_until), 0)::double precision
                 WHERE metered_until IS NOT NULL
                 """,
                 now.at,
