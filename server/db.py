@@ -78,7 +78,9 @@ class Tx:
     def __init__(self, connection: "Pooled") -> None:
         self._open: Pooled | None = connection
         self._acts: list[Callable[[], None]] = []
+        self._doubts: list[Callable[[], None]] = []
         self._committed = False
+        self._in_doubt = False
 
     @property
     def _connection(self) -> "Pooled":
@@ -123,6 +125,10 @@ class Tx:
         """
         self._acts.append(act)
 
+    def in_doubt(self, act: Callable[[], None]) -> None:
+        """Run `act` where the database breaks off during COMMIT: what memory holds may be out of date."""
+        self._doubts.append(act)
+
     async def _commit(self) -> None:
         """COMMIT to its end: a cancellation takes effect only when the outcome is known."""
         commit = asyncio.create_task(self._send_commit(self._connection))
@@ -133,6 +139,10 @@ class Tx:
             if not commit.cancelled() and (error := commit.exception()):
                 log.warning("a cancelled transaction did not commit: %s", error)
             raise
+        finally:
+            self._in_doubt = not commit.done() or (
+                not commit.cancelled() and isinstance(commit.exception(), CommitUnknown)
+            )
 
     async def _send_commit(self, connection: "Pooled") -> None:
         try:
@@ -154,11 +164,11 @@ class Tx:
                 raise
 
     def _ring(self) -> None:
-        for act in self._acts if self._committed else ():
+        for act in self._acts if self._committed else self._doubts if self._in_doubt else ():
             try:
                 act()
             except Exception:
-                log.exception("a doorbell failed after its transaction was committed")
+                log.exception("a doorbell failed after its transaction")
 
 
 class Database:

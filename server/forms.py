@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
+from uuid import UUID, uuid5
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
@@ -34,13 +35,22 @@ async def submit(
             raise Problem(Code.MALFORMED)
         address = await act(model.model_validate(fields))
     except ValidationError as error:
-        errors = _sentences(error, locale)
+        errors = sentences(error, locale)
         return _again(request, template, context, errors, fields, Code.INVALID.status)
     except Problem as problem:
         errors = {field: translate(locale, message) for field, message in problem.errors}
         errors = errors or {"": translate(locale, problem.detail, problem.params)}
         return _again(request, template, context, errors, fields, problem.code.status)
     raise web.HTTPSeeOther(address)
+
+
+def sent_once(caller_id: UUID, request_id: str, *wish: object) -> UUID:
+    """The id under which a form makes something: the same however often that form is sent.
+
+    `request_id` is a fresh text that the page put into the form; `wish` is what was filled in, so that a
+    form that is gone back to and filled in otherwise asks for something else. Nobody's id is another's.
+    """
+    return uuid5(caller_id, "\n".join(map(str, (request_id, *wish))))
 
 
 # pydantic's error types → what a person is told; every other type gets the last.
@@ -54,7 +64,8 @@ _SENTENCES = {
 _UNFIT = N_("This does not fit here.")
 
 
-def _sentences(error: ValidationError, locale: str) -> dict[str, str]:
+def sentences(error: ValidationError, locale: str) -> dict[str, str]:
+    """What to say beside each field that does not fit; "" is the whole form."""
     found = error.errors(include_input=False, include_url=False)
     return {str(one["loc"][0]) if one["loc"] else "": _sentence(one, locale) for one in found}
 

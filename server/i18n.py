@@ -18,13 +18,13 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
 from aiohttp import web
 from babel import Locale
-from babel.dates import format_date, format_timedelta
+from babel.dates import format_date, format_skeleton, format_timedelta
 from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_dir
 from babel.messages.mofile import write_mo
@@ -94,10 +94,12 @@ def money(amount_minor: int, currency: str, locale: str) -> str:
 def parse_money(text: str, currency: str, locale: str) -> int:
     """What somebody typed (`10`, `10.5`, `1,000.00`) in minor units.
 
-    Raises ValueError where it is no number, or finer than the currency's smallest coin.
+    Raises ValueError where it is no number, finer than the currency's smallest coin, or grouped as nobody
+    of that language does: `10,50` in English would be 1050.
     """
     try:
-        amount = parse_decimal(text.strip(), locale=_BABEL[locale]).scaleb(get_currency_precision(currency))
+        number = parse_decimal(text.strip(), locale=_BABEL[locale], strict=True)
+        amount = number.scaleb(get_currency_precision(currency))
     except (ArithmeticError, ValueError) as error:
         raise ValueError(f"not an amount of money: {text!r}") from error
     if not amount.is_finite() or abs(amount) >= _MOST_MONEY:
@@ -112,6 +114,16 @@ def moment(at: datetime, locale: str) -> str:
     """A point in time in UTC, to the minute. Pages show it until the browser puts it in local time."""
     utc = at.astimezone(UTC)
     return f"{format_date(utc, locale=_BABEL[locale])} {utc:%H:%M} UTC"
+
+
+def day(on: date, locale: str) -> str:
+    """A day as the reader writes it."""
+    return format_date(on, locale=_BABEL[locale])
+
+
+def month(on: date, locale: str) -> str:
+    """A day's month and year as the reader writes them."""
+    return format_skeleton("yMMMM", on, locale=_BABEL[locale])
 
 
 def file_size(size_bytes: int, locale: str) -> str:
@@ -130,6 +142,19 @@ def file_size(size_bytes: int, locale: str) -> str:
 def duration(seconds: float, locale: str) -> str:
     """A length of time in its largest fitting unit: `3 hours`."""
     return format_timedelta(timedelta(seconds=seconds), threshold=1, locale=_BABEL[locale])
+
+
+def stretch(seconds: int, locale: str) -> str:
+    """A length of time in its two largest units: `3 days 4 hr`; a minute is the least."""
+    minutes = max(1, seconds // 60)
+    parts = [("day", minutes // 1440), ("hour", minutes // 60 % 24), ("minute", minutes % 60)]
+    while not parts[0][1]:
+        del parts[0]
+    return " ".join(
+        format_unit(count, f"duration-{unit}", "short", locale=_BABEL[locale])
+        for unit, count in parts[:2]
+        if count
+    )
 
 
 class _Missing:
@@ -189,6 +214,8 @@ def _load_locale(locale: str) -> None:
     moment(datetime(2000, 1, 1, tzinfo=UTC), locale)
     file_size(1234, locale)
     duration(60, locale)
+    stretch(90_000, locale)
+    month(date(2000, 1, 1), locale)
 
 
 def _extract() -> Catalog:

@@ -54,7 +54,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.captureWarnings(True)
     # aiohttp-session keeps its session under a plain string, which is its own affair.
     warnings.filterwarnings("ignore", category=web.NotAppKeyWarning, module="aiohttp_session")
-    for chatty in ("botocore", "aiobotocore", "urllib3", "aiohttp.access", "asyncio", "PIL"):
+    for chatty in ("botocore", "aiobotocore", "urllib3", "aiohttp.access", "asyncio", "httpx", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -25,8 +25,8 @@ for the whole form) and `values` (field → what was typed). After a form that w
 303 See Other.
 
 Text in templates is marked with `_("…")`. What arrives in a variable and is one of our messages
-(N_) goes through the filter `translated`. The other filters: `money(currency)`, `moment`,
-`file_size`, `duration`, `json_attribute` (a value for a quoted attribute, read by a module).
+(N_) goes through the filter `translated`. The other filters: `money(currency)`, `moment`, `day`, `month`,
+`file_size`, `duration`, `stretch`, `json_attribute` (a value for a quoted attribute, read by a module).
 `static("css/base.css")` is a file's address, with the hash of the whole tree in its path, so that
 browsers may keep it for a year and modules that import each other still fit together.
 """
@@ -192,8 +192,11 @@ def _speak(environment: jinja2.Environment, locale: str) -> None:
         translated=partial(i18n.translate, locale),
         money=partial(i18n.money, locale=locale),
         moment=partial(i18n.moment, locale=locale),
+        day=partial(i18n.day, locale=locale),
+        month=partial(i18n.month, locale=locale),
         file_size=partial(i18n.file_size, locale=locale),
         duration=partial(i18n.duration, locale=locale),
+        stretch=partial(i18n.stretch, locale=locale),
         json_attribute=_json_attribute,
     )
 

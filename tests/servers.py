@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -51,8 +52,7 @@ class Servers:
     @classmethod
     def start(cls) -> "Servers":
         """Begin to start both; what asks for one of them waits for it."""
-        data_dir = Path(tempfile.mkdtemp(prefix="servers-", dir=_quick_place()))
-        data_dir.chmod(0o711)  # a PostgreSQL that root starts runs as nobody, who has to get in
+        data_dir = _new_data_dir()
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True, name="servers").start()
         return cls(data_dir, loop)
@@ -66,10 +66,7 @@ class Servers:
             started.exception(START_TIMEOUT_S)
         self._run(self._close()).result(START_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        home = cluster_of(self._data_dir).parent
-        if home.parent == PUBLIC_HOME:
-            shutil.rmtree(home)
-        shutil.rmtree(self._data_dir)
+        _remove(self._data_dir)
 
     async def new_database(self, template: str = "template1") -> str:
         """The URL of a fresh database, a copy of `template`."""
@@ -149,6 +146,31 @@ class Servers:
 async def open_storage(access: StorageAccess, bucket: str) -> Storage:
     """A bucket of the S3 server at `access`."""
     return await Storage.open(access.endpoint_url, bucket, access.access_key, access.secret_key, "us-east-1")
+
+
+@asynccontextmanager
+async def private_postgres() -> AsyncIterator[tuple[EmbeddedPostgres, str]]:
+    """A PostgreSQL that a test may break, and its URL; it comes up again by itself."""
+    data_dir = await asyncio.to_thread(_new_data_dir)
+    postgres = EmbeddedPostgres(data_dir)
+    try:
+        yield postgres, await postgres.start()
+    finally:
+        await postgres.stop()
+        await asyncio.to_thread(_remove, data_dir)
+
+
+def _new_data_dir() -> Path:
+    data_dir = Path(tempfile.mkdtemp(prefix="servers-", dir=_quick_place()))
+    data_dir.chmod(0o711)  # a PostgreSQL that root starts runs as nobody, who has to get in
+    return data_dir
+
+
+def _remove(data_dir: Path) -> None:
+    home = cluster_of(data_dir).parent
+    if home.parent == PUBLIC_HOME:
+        shutil.rmtree(home)
+    shutil.rmtree(data_dir)
 
 
 def _quick_place() -> Path | None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -148,6 +149,9 @@ async def test_a_cancelled_order_is_closed_at_its_provider(bank: House) -> None:
     assert provider.closed.count(order["number"]) == 1
     page = await client.post(f"//checkout/standin/{order['number']}")
     assert page.status == 409
+    provider.paid[order["number"]] = "slipped-through"
+    await later(bank, order, 901)
+    assert await booked(bank, "unapplied_payment", order) == {"unapplied": 5000, "clearing": -5000}
 
 
 async def test_a_provider_that_is_away_says_so_and_the_order_stays(bank: House) -> None:
@@ -180,6 +184,25 @@ async def test_a_second_payment_of_a_paid_order_is_set_aside(bank: House) -> Non
     titles = [one["title"] for one in (await client.get("/notifications?limit=100")).json["items"]]
     assert sum("was paid twice" in title for title in titles) == 1
     assert len(await told(client, "billing.order")) == 2
+    await assert_sound(bank)
+
+
+async def test_of_two_payments_at_the_same_moment_one_is_credited(bank: House) -> None:
+    provider, client = install(bank), await bank.sign_up()
+    order = await opened(bank, client, provider)
+
+    async def pay(payment_id: str) -> None:
+        event = {**order, "event_id": uuid4().hex, "order_number": order["number"], "status": "succeeded"}
+        reply = await bank.anyone.post(
+            "/billing/payments/standin",
+            data=json.dumps(event | {"payment_id": payment_id}),
+            headers={"X-Standin": "genuine"},
+        )
+        assert reply.body == b"got paid"
+
+    await asyncio.gather(*(pay(payment_id) for payment_id in ("p1", "p2") * 8))
+    assert await balance_of(client) == WELCOME + 5000
+    assert await booked(bank, "unapplied_payment", order) == {"unapplied": 5000, "clearing": -5000}
     await assert_sound(bank)
 
 

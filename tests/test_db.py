@@ -45,6 +45,7 @@ async def test_a_transaction_commits_and_then_rings_its_doorbells_in_order(notes
 
     async with notes.transaction() as tx:
         await tx.execute("INSERT INTO notes VALUES ($1, $2)", 1, "one")
+        tx.in_doubt(lambda: rung.append("in doubt"))
         tx.after_commit(look)
         tx.after_commit(lambda: rung.append("second"))
         assert rung == []
@@ -361,9 +362,10 @@ async def test_a_commit_nobody_confirmed_is_unknown(servers: Servers) -> None:
             async with database.transaction() as tx:
                 await tx.execute("INSERT INTO notes VALUES (1, 'one')")
                 tx.after_commit(lambda: rung.append("rung"))
+                tx.in_doubt(lambda: rung.append("in doubt"))
                 wire.cut_at = b"COMMIT"
         wire.cut_at = None
-        assert rung == []
+        assert rung == ["in doubt"]
         assert await count(direct) in (0, 1)
         assert await count(database) in (0, 1)
 

@@ -1,6 +1,6 @@
 """Languages: which one is picked, how messages are filled in, and that no catalogue has a gap."""
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 
 import pytest
@@ -92,16 +92,37 @@ def test_an_amount_reads_back_as_itself(minor: int, currency: tuple[str, int]) -
     assert i18n.parse_money(f" {typed} ", name, "zh_CN") == minor
 
 
-@pytest.mark.parametrize("typed", ["", "x", "1.234", "nan", "inf", "1e999999", "9" * 40, "1..2"])
+@pytest.mark.parametrize(
+    "typed", ["", "x", "1.234", "nan", "inf", "1e999999", "9" * 40, "1..2", "10,50", "1,0,5", "1,00.5"]
+)
 def test_what_is_no_amount_of_money_is_refused(typed: str) -> None:
     with pytest.raises(ValueError, match=r"amount|coin"):
         i18n.parse_money(typed, "CNY", "en")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "1 min"),
+        (3599, "59 min"),
+        (3660, "1 hr 1 min"),
+        (86_460, "1 day"),
+        (90_061, "1 day 1 hr"),
+        (273_600, "3 days 4 hr"),
+    ],
+)
+def test_a_stretch_of_time_is_told_in_its_two_largest_units(seconds: int, words: str) -> None:
+    assert i18n.stretch(seconds, "en") == words
 
 
 def test_sizes_times_and_durations_are_in_the_readers_words() -> None:
     assert i18n.file_size(12_345_678, "en") == "12.3 MB"
     assert i18n.file_size(999_950, "en") == "1 MB"
     assert i18n.duration(3 * 3600, "zh_CN") == "3小时"
+    assert i18n.day(date(2026, 3, 1), "en") == "Mar 1, 2026"
+    assert i18n.day(date(2026, 3, 1), "zh_CN") == "2026年3月1日"
+    assert i18n.month(date(2026, 3, 1), "en") == "March 2026"
+    assert i18n.month(date(2026, 3, 1), "zh_CN") == "2026年3月"
     at = datetime(2026, 3, 1, 9, 30, tzinfo=timezone(timedelta(hours=8)))
     assert i18n.moment(at, "en") == "Mar 1, 2026 01:30 UTC"
     assert i18n.moment(at.astimezone(UTC), "zh_CN") == "2026年3月1日 01:30 UTC"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -12,6 +12,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 
+from plugins.billing.charts import revenue_chart, usage_chart
+from plugins.billing.checks import FINDINGS, IN_MONEY
+from plugins.billing.overview import DayOfRevenue
+from plugins.billing.usage import DayOfUse, UsageReport
 from server.auth import Caller
 from server.i18n import LOCALES
 from server.pages import PAGE_CONTEXT, is_local, render, set_language, setup_pages
@@ -48,7 +52,69 @@ ORDER = {
     "id": "o1", "number": "N1", "amount": 5000, "currency": "CNY", "state": "pending",
     "checkout_url": "/checkout", "created_at": NOW, "expires_at": NOW, "paid_at": None,
 }  # fmt: skip
-ENTRY = {"id": 1, "amount": -1, "balance_after": 999, "kind": NASTY, "reference": "", "created_at": NOW}
+ENTRY = {
+    "id": 1, "amount": -1, "balance_after": 999, "kind": NASTY, "reference": "", "label": NASTY,
+    "created_at": NOW,
+}  # fmt: skip
+DAY = date(2026, 3, 1)
+REPORT = UsageReport(
+    first_day=DAY,
+    last_day=DAY,
+    currency="CNY",
+    total=12,
+    items=[DayOfUse(device_id=str(n), name=NASTY, day=DAY, amount=n + 1) for n in range(8)],
+)
+NO_USE = UsageReport(first_day=DAY, last_day=DAY, currency="CNY", total=0, items=[])
+SPENDING = {"balance": 1000, "currency": "CNY", "spending_per_hour": 20, "lasts_s": 90_000}
+IDLE = SPENDING | {"spending_per_hour": 0, "lasts_s": None}
+PERIOD: dict[str, object] = {"months": [(DAY, DAY)], "errors": {}, "values": {}}
+WRONG_PERIOD: dict[str, object] = {
+    "months": [(DAY, DAY)],
+    "errors": {"": NASTY, "from": NASTY, "to": NASTY},
+    "values": {"from": NASTY, "to": NASTY},
+}
+STATEMENT = {
+    "first_day": DAY, "last_day": DAY, "currency": "CNY", "opening": 0, "closing": -1,
+    "lines": [{"at": NOW, "kind": "device_time", "label": NASTY, "reference": "", "amount": -1}],
+}  # fmt: skip
+PAYMENT_ID, USER_ID = uuid4(), uuid4()
+PAYMENT = {
+    "id": PAYMENT_ID, "order_number": NASTY, "user_id": USER_ID, "email": NASTY, "provider": "sandbox",
+    "amount": 5000, "refunded": 0, "currency": "CNY", "state": "unapplied", "reason": "paid_twice",
+    "received_at": NOW,
+}  # fmt: skip
+PAYMENTS = [PAYMENT, PAYMENT | {"id": uuid4(), "state": "credited", "refunded": 1}]
+REFUND = {
+    "id": uuid4(), "order_number": NASTY, "user_id": USER_ID, "email": NASTY, "amount": 5000,
+    "currency": "CNY", "reason": NASTY, "state": "refused", "detail": NASTY, "requested_at": NOW,
+}  # fmt: skip
+MISFIT = {
+    "id": uuid4(), "provider": NASTY, "order_number": NASTY, "amount": 1, "currency": NASTY,
+    "misfit": "unknown_order", "deliveries": 2, "body": NASTY, "received_at": NOW,
+}  # fmt: skip
+REVENUE = [DayOfRevenue(day=DAY, amount=7), DayOfRevenue(day=date(2026, 3, 2), amount=-3)]
+CHECK = {"at": NOW, "sound": False, "findings": {"ledger_sum": 5, "wrong_balances": 1, NASTY: 1}}
+SOUND = CHECK | {"sound": True, "findings": {}}
+MONEY = {
+    "currency": "CNY", "balances": 1, "revenue": 1, "clearing": 1, "promotions": 1, "unapplied": 1,
+    "unapplied_payments": 9, "misfit_callbacks": 9, "refunded": 1, "refunds_open": 1,
+    "providers": [{"provider": NASTY, "payments": 1, "received": 1, "refunded": 1}],
+    "revenue_by_day": REVENUE, "last_check": CHECK,
+}  # fmt: skip
+NO_MONEY = MONEY | {"unapplied_payments": 0, "misfit_callbacks": 0, "providers": [], "last_check": None}
+FORMS: dict[str, object] = {
+    "titles": {}, "request_id": NASTY, "failed": str(PAYMENT_ID), "done": "", "errors": {}, "values": {},
+}  # fmt: skip
+ADMIN_OVERVIEW = FORMS | {
+    "overview": MONEY, "chart": revenue_chart(REVENUE), "finding_names": FINDINGS,
+    "findings_in_money": IN_MONEY, "unapplied": PAYMENTS[:1], "misfits": [MISFIT], "open_refunds": [REFUND],
+    "refused_refunds": [REFUND], "found": [(USER_ID, NASTY)], "wanted": NASTY,
+}  # fmt: skip
+ADMIN_USER = FORMS | {
+    "user_id": USER_ID, "email": NASTY, "now": SPENDING, "payments": PAYMENTS, "more_payments": "more",
+    "orders": [ORDER | {"provider": NASTY}], "refunds": [REFUND], "ledger": [ENTRY], "next_cursor": "more",
+    "is_first": False,
+}  # fmt: skip
 NOTE = {
     "id": 3,
     "topic": "system",
@@ -63,7 +129,19 @@ SESSION = {
     "current": True,
 }  # fmt: skip
 USER = {"email": "a@example.org", "display_name": NASTY, "role": "admin", "created_at": NOW}
-WRONG = {"": NASTY, "email": NASTY, "name": NASTY, "image": NASTY, "plan": NASTY, "amount": NASTY}
+BALANCE: dict[str, object] = {
+    "now": SPENDING, "chart": usage_chart(REPORT), "orders": [ORDER], "ledger": [ENTRY], "request_id": "r",
+    "providers": [{"name": NASTY, "title": NASTY}, {"name": "two", "title": NASTY}],
+}  # fmt: skip
+WRONG = {
+    "": NASTY,
+    "provider": NASTY,
+    "email": NASTY,
+    "name": NASTY,
+    "image": NASTY,
+    "plan": NASTY,
+    "amount": NASTY,
+}
 
 PAGES: list[tuple[str, bool, Mapping[str, object]]] = [
     ("users/home.html", False, {}),
@@ -96,27 +174,80 @@ PAGES: list[tuple[str, bool, Mapping[str, object]]] = [
     ("apps/list.html", True, {"apps": [APP], "max_upload_mb": 4096}),
     ("apps/list.html", True, {"apps": [], "max_upload_mb": 4096}),
     ("apps/show.html", True, {"app": APP}),
+    ("billing/index.html", True, BALANCE | {"errors": WRONG, "values": {"amount": NASTY, "provider": "two"}}),
     (
         "billing/index.html",
         True,
-        {
-            "balance": 1000,
-            "currency": "CNY",
-            "orders": [ORDER],
-            "ledger": [ENTRY],
-            "errors": WRONG,
-            "values": {"amount": NASTY},
-        },
+        BALANCE
+        | {"now": IDLE, "chart": usage_chart(NO_USE), "orders": [], "ledger": [], "providers": []}
+        | {"errors": {}, "values": {}},
+    ),
+    ("billing/orders.html", True, {"orders": [ORDER], "next_cursor": NASTY, "is_first": True}),
+    ("billing/orders.html", True, {"orders": [], "next_cursor": None, "is_first": False}),
+    (
+        "billing/movements.html",
+        True,
+        {"ledger": [ENTRY], "currency": "CNY", "next_cursor": NASTY, "is_first": False},
     ),
     (
-        "billing/index.html",
+        "billing/movements.html",
         True,
-        {"balance": 0, "currency": "CNY", "orders": [], "ledger": [], "errors": {}, "values": {}},
+        {"ledger": [], "currency": "CNY", "next_cursor": None, "is_first": True},
     ),
-    ("billing/order.html", True, {"order": ORDER}),
-    ("billing/order.html", True, {"order": ORDER | {"state": "paid", "paid_at": NOW}}),
-    ("billing/checkout_sandbox.html", True, {"order": ORDER}),
-    ("billing/checkout_sandbox.html", True, {"order": ORDER | {"state": "expired"}}),
+    ("billing/usage.html", True, {"report": REPORT, "chart": usage_chart(REPORT)} | PERIOD),
+    ("billing/usage.html", True, {"report": NO_USE, "chart": usage_chart(NO_USE)} | WRONG_PERIOD),
+    ("billing/statement.html", True, {"statement": STATEMENT, "email": NASTY} | PERIOD),
+    ("billing/statement.html", True, {"statement": STATEMENT | {"lines": []}, "email": NASTY} | WRONG_PERIOD),
+    ("billing/order.html", True, {"order": ORDER, "errors": WRONG}),
+    ("billing/order.html", True, {"order": ORDER | {"state": "paid", "paid_at": NOW}, "errors": {}}),
+    ("billing/checkout.html", False, {"order": ORDER, "provider": NASTY, "next_page": "/checkout"}),
+    (
+        "billing/checkout.html",
+        True,
+        {"order": ORDER | {"state": "paid"}, "provider": NASTY, "next_page": "/billing/orders/o1"},
+    ),
+    (
+        "billing/checkout_open.html",
+        False,
+        {"order": ORDER, "provider": NASTY, "url": NASTY, "qr_code": "", "checkout": "/", "next_page": "/"},
+    ),
+    (
+        "billing/checkout_open.html",
+        False,
+        {"order": ORDER, "provider": NASTY, "url": "", "qr_code": NASTY, "checkout": "/", "next_page": "/"},
+    ),
+    ("billing/checkout_sandbox.html", True, {"order": ORDER, "next_page": "/checkout", "errors": WRONG}),
+    (
+        "billing/checkout_sandbox.html",
+        True,
+        {"order": ORDER | {"state": "expired"}, "next_page": "/billing/orders/o1", "errors": {}},
+    ),
+    ("billing/admin_overview.html", True, ADMIN_OVERVIEW | {"errors": WRONG, "values": {"reason": NASTY}}),
+    (
+        "billing/admin_overview.html",
+        True,
+        ADMIN_OVERVIEW
+        | {"overview": NO_MONEY, "unapplied": [], "misfits": [], "open_refunds": [], "refused_refunds": []}
+        | {"found": [], "errors": WRONG},
+    ),
+    (
+        "billing/admin_overview.html",
+        True,
+        ADMIN_OVERVIEW | {"failed": "", "done": "checked", "overview": MONEY | {"last_check": SOUND}},
+    ),
+    ("billing/admin_user.html", True, ADMIN_USER | {"errors": WRONG, "values": {"amount": NASTY}}),
+    (
+        "billing/admin_user.html",
+        True,
+        ADMIN_USER | {"failed": "correction", "errors": WRONG, "values": {"direction": "take"}},
+    ),
+    (
+        "billing/admin_user.html",
+        True,
+        ADMIN_USER
+        | {"failed": "", "done": "refunded", "now": IDLE, "payments": [], "orders": [], "refunds": []}
+        | {"ledger": [], "next_cursor": None, "is_first": True},
+    ),
     ("notifications/index.html", True, {"notifications": [NOTE, NOTE | {"id": 2, "read_at": NOW}]}),
     ("notifications/index.html", True, {"notifications": []}),
     ("error.html", False, {"status": 404, "title": NASTY, "detail": NASTY, "request_id": "r1"}),
@@ -153,7 +284,7 @@ def page_of(template: str, signed_in: bool, context: Mapping[str, object]) -> we
     async def show(request: web.Request) -> web.Response:
         request[PAGE_CSRF] = "the-token"
         if signed_in:
-            request[CALLER] = Caller(uuid4(), "a@example.org", NASTY, "user", uuid4())
+            request[CALLER] = Caller(uuid4(), "a@example.org", NASTY, "admin", uuid4())
         flashes = [{"kind": "error", "message": NASTY}] if signed_in else []
         return render(request, template, {"flashes": flashes, **context})
 

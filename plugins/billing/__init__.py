@@ -22,6 +22,7 @@ from typing import Final
 
 from aiohttp import web
 
+from plugins.billing.admin_pages import admin_pages
 from plugins.billing.admin_routes import admin_routes
 from plugins.billing.checks import CHECK_EVERY_S, CHECK_TIMEOUT_S, CHECKS, Checks
 from plugins.billing.corrections import CORRECTIONS, Corrections
@@ -30,6 +31,7 @@ from plugins.billing.ledger import ACCOUNTS, Accounts
 from plugins.billing.model import BillingSection
 from plugins.billing.orders import ORDERS, Orders
 from plugins.billing.overview import OVERVIEW, Overview
+from plugins.billing.pages import pages
 from plugins.billing.payments import PAYMENTS, Payments
 from plugins.billing.providers import PROVIDERS
 from plugins.billing.providers.opening import open_providers
@@ -46,6 +48,7 @@ from server.plugin import Job, Plugin
 
 ASK_EVERY_S: Final = 5.0
 REFUND_EVERY_S: Final = 15.0
+READ_AGAIN_EVERY_S: Final = 1.0
 ASK_FIRST_S: Final = 40.0
 """How long the last questions may keep the sweep of expired orders waiting."""
 
@@ -61,6 +64,10 @@ async def _expire_orders(app: web.Application) -> None:
     except TimeoutError:
         log.warning("orders expire while their payment providers do not answer")
     await app[ORDERS].expire()
+
+
+async def _read_balances_again(app: web.Application) -> None:
+    await app[ACCOUNTS].read_again()
 
 
 async def _ask_providers(app: web.Application) -> None:
@@ -108,9 +115,12 @@ PLUGIN = Plugin(
     needs=(NOTIFIER, DIRECTORY, AUDIT),
     provides=(LEDGER, SPENDING),
     migrations=MIGRATIONS,
-    routes=[*routes.declared, *admin_routes.declared],
+    routes=[*routes.declared, *admin_routes.declared, *pages.declared, *admin_pages.declared],
     jobs=(
         Job("billing.expire_orders", every_s=_expiry_interval_s, deadline_s=60, run=_expire_orders),
+        Job(
+            "billing.read_balances_again", every_s=READ_AGAIN_EVERY_S, deadline_s=30, run=_read_balances_again
+        ),
         Job("billing.ask_providers", every_s=ASK_EVERY_S, deadline_s=300, run=_ask_providers),
         Job(REFUND_JOB, every_s=REFUND_EVERY_S, deadline_s=600, run=_refund),
         Job("billing.check_ledger", every_s=CHECK_EVERY_S, deadline_s=2 * CHECK_TIMEOUT_S, run=_check_ledger),

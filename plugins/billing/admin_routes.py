@@ -17,7 +17,7 @@ from plugins.billing.received import (
     Payment,
     PaymentQuery,
 )
-from plugins.billing.refunds import REFUNDS, NewRefund, Refund
+from plugins.billing.refunds import REFUNDS, NewRefund, Refund, RefundQuery
 from server.api import Page, PageQuery, Routes
 from server.auth import Access, Caller
 from server.errors import Code, not_found
@@ -70,8 +70,8 @@ async def refund(
 
 
 @admin_routes.api("GET", "/billing/refunds", access=Access.ADMIN)
-async def list_refunds(request: web.Request, query: PageQuery) -> Page[Refund]:
-    """Refunds and how far they are, newest first."""
+async def list_refunds(request: web.Request, query: RefundQuery) -> Page[Refund]:
+    """Refunds and how far they are, newest first; only those in one `state` or of one user where asked."""
     return await request.app[REFUNDS].page(query)
 
 

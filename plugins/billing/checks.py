@@ -30,6 +30,9 @@ FINDINGS: Final = {
     "clearing_difference": N_("What payments less refunds differ from the clearing account"),
 }
 
+IN_MONEY: Final = frozenset({"ledger_sum", "unapplied_difference", "clearing_difference"})
+"""The findings that are amounts; the others are counts."""
+
 
 class LedgerCheck(Outgoing):
     """What a check found: nothing, or how many or how much of what; amounts in minor units."""

@@ -50,7 +50,8 @@ class Corrections:
             if entry is not None:
                 return entry
             if balance + wish.amount < 0:
-                raise Problem(Code.INSUFFICIENT_BALANCE, N_("The user has less than that."))
+                less = N_("The user has less than that.")
+                raise Problem(Code.INSUFFICIENT_BALANCE, less, errors=[("amount", less)])
             move = Posting(
                 user_id, wish.amount, AccountKind.REVENUE, "correction", str(correction_id), wish.reason
             )

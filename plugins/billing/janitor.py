@@ -44,7 +44,8 @@ class Janitor:
                 rows = await self._database.fetch(
                     """
                     SELECT id, number, provider, amount, currency, state, created_at, expires_at,
-                        provider_reference, asked, state <> 'pending' OR expires_at <= now() AS is_over,
+                        provider_reference, asked, state <> 'pending' AS is_closed,
+                        expires_at <= now() AS is_over,
                         expires_at <= now() - make_interval(secs => $2) AS is_given_up
                     FROM orders WHERE next_ask_at <= now() AND state <> 'paid'
                     ORDER BY next_ask_at LIMIT $1
@@ -77,18 +78,19 @@ class Janitor:
             return
         if is_found or order["is_over"]:
             await self._note(order, None)
+        elif order["is_closed"] or order["asked"] >= len(PAUSES_S):
+            await self._note(order, GIVE_UP_S)
         else:
-            pause_s = PAUSES_S[order["asked"]] if order["asked"] < len(PAUSES_S) else GIVE_UP_S
-            await self._note(order, pause_s)
+            await self._note(order, PAUSES_S[order["asked"]])
 
     async def _settle(self, provider: Provider, order: Record) -> bool:
-        """Whether the order's payment was found; without one an order that is over is closed."""
+        """Whether the order's payment was found; without one the provider closes what is closed or over."""
         wanted = payable(order)
         found = await provider.query(wanted)
         if found is not None:
             await self._payments.settle(provider.name, found.event, found.body)
             return True
-        if order["is_over"]:
+        if order["is_closed"] or order["is_over"]:
             await provider.close(wanted)
         return False
 

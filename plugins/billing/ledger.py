@@ -62,6 +62,7 @@ class Accounts:
         self._notifier = app[NOTIFIER]
         self._spending = app[SPENDING]
         self._balances: dict[UUID, tuple[int, int]] = {}  # position of the last entry, balance after it
+        self._doubtful: set[UUID] = set()  # users whose entries a commit wrote of which nobody knows
         self._house: dict[AccountKind, int] = {}  # ids of the house's own accounts, which never change
 
     async def load(self) -> None:
@@ -86,6 +87,31 @@ class Accounts:
             "SELECT user_id, balance FROM ledger_accounts WHERE kind = 'user' AND balance > 0"
         )
         self._balances = {row["user_id"]: (0, row["balance"]) for row in rows}
+
+    async def read_again(self) -> None:
+        """Take the balances into memory of which a lost connection left in doubt what they are."""
+        doubtful, self._doubtful = self._doubtful, set()
+        if not doubtful:
+            return
+        try:
+            async with self._database.transaction() as tx:
+                # The transaction in doubt may still be under way over there: wait for it.
+                await tx.execute(
+                    "SELECT FROM ledger_accounts WHERE user_id = ANY ($1) ORDER BY user_id FOR NO KEY UPDATE",
+                    list(doubtful),
+                )
+                rows = await tx.fetch(
+                    """
+                    SELECT user_id, 0 AS amount, balance,
+                        (SELECT max(position) FROM ledger_entries WHERE account_id = a.id) AS position
+                    FROM ledger_accounts a WHERE user_id = ANY ($1)
+                    """,
+                    list(doubtful),
+                )
+        except BaseException:
+            self._doubtful |= doubtful
+            raise
+        self._remember([Posted(*row) for row in rows if row["position"]])
 
     def balance_of(self, user_id: UUID) -> Balance:
         """What a user has and spends, from memory."""
@@ -244,6 +270,7 @@ class Accounts:
         )
         posted = [Posted(*row) for row in rows]
         tx.after_commit(functools.partial(self._remember, posted))
+        tx.in_doubt(functools.partial(self._doubt, posted))
         return posted
 
     def _remember(self, posted: Sequence[Posted]) -> None:
@@ -252,6 +279,9 @@ class Accounts:
             position, _ = self._balances.get(one.user_id, (0, 0))
             if one.position > position:
                 self._balances[one.user_id] = (one.position, one.balance_after)
+
+    def _doubt(self, posted: Sequence[Posted]) -> None:
+        self._doubtful.update(one.user_id for one in posted)
 
     # What users hear of it
 

@@ -1,14 +1,15 @@
 """How the house's money stands, for administrators."""
 
 from datetime import date
-from typing import Final
+from typing import Any, Final
+from uuid import UUID
 
 from aiohttp import web
 
 from plugins.billing.checks import CHECKS, LedgerCheck
 from plugins.billing.ledger import ACCOUNTS
-from plugins.billing.model import AccountKind
-from server.api import Outgoing
+from plugins.billing.model import AccountKind, OrderState
+from server.api import Moment, Outgoing
 from server.interfaces import DATABASE
 
 DAYS: Final = 30
@@ -54,6 +55,19 @@ class MoneyOverview(Outgoing):
     last_check: LedgerCheck | None
 
 
+class UserOrder(Outgoing):
+    """A top-up as administrators see it; amounts in minor units."""
+
+    id: UUID
+    number: str
+    provider: str
+    amount: int
+    currency: str
+    state: OrderState
+    created_at: Moment
+    paid_at: Moment | None
+
+
 class Overview:
     """Looks at all accounts at once."""
 
@@ -90,6 +104,19 @@ class Overview:
             revenue_by_day=await self._revenue_by_day(),
             last_check=await self._checks.last(),
         )
+
+    async def latest_orders(self, user_id: UUID, *, limit: int) -> list[UserOrder]:
+        """A user's orders, newest first."""
+        rows = await self._database.fetch(
+            """
+            SELECT id, number, provider, amount, currency, state, created_at, paid_at FROM orders
+            WHERE user_id = $1 ORDER BY position DESC LIMIT $2
+            """,
+            user_id,
+            limit,
+        )
+        fields: list[dict[str, Any]] = [dict(row) for row in rows]
+        return [UserOrder(**one) for one in fields]
 
     async def _balances(self) -> dict[AccountKind, int]:
         rows = await self._database.fetch(

@@ -44,6 +44,16 @@ class NewRefund(Incoming):
     reason: Reason
 
 
+RefundState = Literal["requested", "done", "refused"]
+
+
+class RefundQuery(PageQuery):
+    """Which refunds."""
+
+    state: RefundState | None = None
+    user_id: UUID | None = None
+
+
 class Refund(Outgoing):
     """Money on its way back; `detail` says why a provider refused."""
 
@@ -55,7 +65,7 @@ class Refund(Outgoing):
     amount: int
     currency: str
     reason: str
-    state: Literal["requested", "done", "refused"]
+    state: RefundState
     detail: str
     requested_at: Moment
     settled_at: Moment | None
@@ -74,7 +84,7 @@ class Refunds:
         self._jobs = app[JOBS]
         self._asking = asyncio.Lock()  # guards: the refunds under way, each asked for once at a time
 
-    async def page(self, query: PageQuery) -> Page[Refund]:
+    async def page(self, query: RefundQuery) -> Page[Refund]:
         """Refunds, newest first."""
         (before,) = from_cursor(query.cursor, whole_number) if query.cursor else (None,)
         rows = await self._database.fetch(
@@ -82,9 +92,12 @@ class Refunds:
             SELECT r.id, r.payment AS payment_id, o.number AS order_number, o.user_id, r.amount, o.currency,
                 r.reason, r.state, r.detail, r.requested_at, r.settled_at, r.position
             FROM refunds r JOIN payments p ON p.id = r.payment JOIN orders o ON o.id = p.order_id
-            WHERE $1::bigint IS NULL OR r.position < $1
-            ORDER BY r.position DESC LIMIT $2
+            WHERE ($1::text IS NULL OR r.state = $1) AND ($2::uuid IS NULL OR o.user_id = $2)
+                AND ($3::bigint IS NULL OR r.position < $3)
+            ORDER BY r.position DESC LIMIT $4
             """,
+            query.state,
+            query.user_id,
             before,
             query.page_size + 1,
         )
@@ -116,27 +129,29 @@ class Refunds:
         its owner does.
         """
         async with self._database.transaction() as tx:
+            row = await tx.fetchrow(
+                """
+                SELECT p.id AS payment_id, p.state, p.amount, p.refunded, o.id, o.number, o.user_id
+                FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.id = $1 FOR NO KEY UPDATE OF p
+                """,
+                payment,
+            )
+            if row is None:
+                raise not_found()
+            # Asked under the payment's lock: the same wish, sent twice at once, is one refund.
             if not await tx.fetchval("SELECT true FROM refunds WHERE id = $1", refund_id):
-                await self._set_apart(tx, caller, payment, wish, refund_id, address)
+                await self._set_apart(tx, caller, row, wish, refund_id, address)
         return await self.get(refund_id)
 
     async def _set_apart(
-        self, tx: Tx, caller: Caller, payment: UUID, wish: NewRefund, refund_id: UUID, address: str
+        self, tx: Tx, caller: Caller, row: Record, wish: NewRefund, refund_id: UUID, address: str
     ) -> None:
-        row = await tx.fetchrow(
-            """
-            SELECT p.state, p.amount, p.refunded, o.id, o.number, o.user_id
-            FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.id = $1 FOR NO KEY UPDATE OF p
-            """,
-            payment,
-        )
-        if row is None:
-            raise not_found()
+        payment = row["payment_id"]
         is_unapplied = row["state"] == "unapplied"
         if wish.amount > row["amount"] - row["refunded"]:
-            raise Problem(Code.INVALID_STATE, N_("That is more than is left of this payment."))
+            raise _unfit(Code.INVALID_STATE, N_("That is more than is left of this payment."))
         if is_unapplied and wish.amount != row["amount"]:
-            raise Problem(Code.INVALID_STATE, N_("An unapplied payment goes back whole."))
+            raise _unfit(Code.INVALID_STATE, N_("An unapplied payment goes back whole."))
         await tx.execute(
             "UPDATE payments SET refunded = refunded + $2, state = $3 WHERE id = $1",
             payment,
@@ -152,7 +167,7 @@ class Refunds:
             caller.user_id,
         )
         if not is_unapplied and await self._accounts.lock_balance(tx, row["user_id"]) < wish.amount:
-            raise Problem(Code.INSUFFICIENT_BALANCE, N_("The user has spent more of it than that leaves."))
+            raise _unfit(Code.INSUFFICIENT_BALANCE, N_("The user has spent more of it than that leaves."))
         await self._accounts.post(tx, [_posting(row, -wish.amount, "refund", is_unapplied)])
         await self._audit.record(
             tx,
@@ -284,6 +299,11 @@ class Refunds:
 
 
 REFUNDS: Final = web.AppKey("REFUNDS", Refunds)
+
+
+def _unfit(code: Code, detail: str) -> Problem:
+    """A rule that the amount breaks; forms show it beside that field."""
+    return Problem(code, detail, errors=[("amount", detail)])
 
 
 def _posting(order: Record, amount: int, kind: str, is_unapplied: bool) -> Posting:

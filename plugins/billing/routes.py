@@ -1,6 +1,6 @@
 """Billing's routes and pages."""
 
-from typing import Final, Literal
+from typing import Literal
 from uuid import UUID
 
 import segno
@@ -28,17 +28,15 @@ from server.api import Page, PageQuery, Routes
 from server.auth import PUBLIC_ORIGIN, Access, Caller
 from server.errors import Code, Problem, not_found
 from server.forms import submit
-from server.i18n import N_, money, parse_money, pick_locale, translate
+from server.i18n import pick_locale, translate
 from server.interfaces import OWN_URL
 from server.pages import render
 from server.request_keys import CALLER
 
-SHOWN_ON_PAGE: Final = 20
-
 routes = Routes("billing")
 
 
-def _origin(request: web.Request) -> str:
+def origin_of(request: web.Request) -> str:
     """This server as the reader reaches it, for addresses that go back to that reader alone."""
     return request.app[PUBLIC_ORIGIN] or f"{request.scheme}://{request.host}"
 
@@ -70,32 +68,32 @@ async def statement(request: web.Request, caller: Caller, query: PeriodQuery) ->
 @routes.api("GET", "/billing/providers", access=Access.USER)
 async def list_providers(request: web.Request, caller: Caller) -> Providers:
     """With whom a top-up can be paid."""
-    return Providers(items=_open_providers(request))
+    return Providers(items=open_providers(request))
 
 
 @routes.api("POST", "/billing/orders", access=Access.USER, status=201, problems=(Code.UNAVAILABLE,),
             location="/api/v1/billing/orders/{id}")  # fmt: skip
 async def create(request: web.Request, caller: Caller, body: NewOrder, new_id: UUID) -> Order:
     """Order a top-up; it is paid at `checkout_url`."""
-    return await request.app[ORDERS].create(caller, body, new_id, _origin(request))
+    return await request.app[ORDERS].create(caller, body, new_id, origin_of(request))
 
 
 @routes.api("GET", "/billing/orders", access=Access.USER)
 async def list_orders(request: web.Request, caller: Caller, query: OrderQuery) -> Page[Order]:
     """Your orders, newest first."""
-    return await request.app[ORDERS].page(caller, query, _origin(request))
+    return await request.app[ORDERS].page(caller, query, origin_of(request))
 
 
 @routes.api("GET", "/billing/orders/{order_id}", access=Access.USER)
 async def get(request: web.Request, caller: Caller, order_id: UUID) -> Order:
     """One order."""
-    return await request.app[ORDERS].get(caller, order_id, _origin(request))
+    return await request.app[ORDERS].get(caller, order_id, origin_of(request))
 
 
 @routes.api("POST", "/billing/orders/{order_id}/cancel", access=Access.USER, problems=(Code.INVALID_STATE,))
 async def cancel(request: web.Request, caller: Caller, order_id: UUID) -> Order:
     """Cancel an order that is not paid yet."""
-    return await request.app[ORDERS].cancel(caller, order_id, _origin(request))
+    return await request.app[ORDERS].cancel(caller, order_id, origin_of(request))
 
 
 @routes.api("POST", "/billing/payments/{provider}", access=Access.PUBLIC, problems=(
@@ -116,77 +114,10 @@ async def payment(request: web.Request, provider: str) -> Acknowledgement | web.
     raise Problem(outcome or Code.UNKNOWN_ORDER)
 
 
-class TopUp(BaseModel):
-    """The form on the balance's page."""
-
-    amount: str
-    provider: str | None = None
-
-
 class Outcome(BaseModel):
     """Which button of the sandbox's page was pressed."""
 
     outcome: Literal["pay", "fail", "later"]
-
-
-async def _billing_context(request: web.Request, caller: Caller) -> dict[str, object]:
-    accounts, orders = request.app[ACCOUNTS], request.app[ORDERS]
-    shown = await orders.page(caller, OrderQuery(limit=SHOWN_ON_PAGE), _origin(request))
-    entries = await accounts.page(caller.user_id, PageQuery(limit=SHOWN_ON_PAGE))
-    now = accounts.balance_of(caller.user_id)
-    return {
-        "balance": now.balance,
-        "currency": now.currency,
-        "orders": shown.items,
-        "ledger": entries.items,
-        "providers": _open_providers(request),
-        "errors": {},
-        "values": {},
-    }
-
-
-def _typed_amount(request: web.Request, typed: str) -> int:
-    """An amount in minor units. Raises Problem(invalid) in the reader's words."""
-    orders, locale = request.app[ORDERS], pick_locale(request)
-    try:
-        amount = parse_money(typed, orders.currency, locale)
-    except ValueError:
-        amount = 0
-    if orders.least <= amount <= orders.most:
-        return amount
-    limits = {
-        "least": money(orders.least, orders.currency, locale),
-        "most": money(orders.most, orders.currency, locale),
-    }
-    sentence = translate(locale, N_("Enter an amount between {least} and {most}."), limits)
-    raise Problem(Code.INVALID, errors=[("amount", sentence)])
-
-
-@routes.page("GET", "/billing", access=Access.USER)
-async def billing_page(request: web.Request, caller: Caller) -> web.Response:
-    """Balance, top-up, orders and ledger."""
-    return render(request, "billing/index.html", await _billing_context(request, caller))
-
-
-@routes.page("POST", "/billing", access=Access.USER)
-async def top_up(request: web.Request, caller: Caller, new_id: UUID) -> web.StreamResponse:
-    """Order a top-up and go on to its payment."""
-
-    async def order(form: TopUp) -> str:
-        amount = _typed_amount(request, form.amount)
-        wish = NewOrder(amount=amount, provider=form.provider)
-        made = await request.app[ORDERS].create(caller, wish, new_id, "")
-        return made.checkout_url
-
-    context = await _billing_context(request, caller)
-    return await submit(request, TopUp, order, "billing/index.html", context)
-
-
-@routes.page("GET", "/billing/orders/{order_id}", access=Access.USER)
-async def order_page(request: web.Request, caller: Caller, order_id: UUID) -> web.Response:
-    """One order."""
-    order = await request.app[ORDERS].get(caller, order_id, _origin(request))
-    return render(request, "billing/order.html", {"order": order})
 
 
 def _provider(request: web.Request, name: str) -> Provider:
@@ -196,7 +127,8 @@ def _provider(request: web.Request, name: str) -> Provider:
     return provider
 
 
-def _open_providers(request: web.Request) -> list[OpenProvider]:
+def open_providers(request: web.Request) -> list[OpenProvider]:
+    """Who takes payments here, in the reader's words."""
     locale = pick_locale(request)
     return [
         OpenProvider(name=provider.name, title=translate(locale, provider.title))
@@ -210,18 +142,28 @@ def _sandbox(request: web.Request) -> Sandbox:
     return provider
 
 
+def _next_page(caller: Caller | None, order: Order, owner_id: UUID, provider: str) -> str:
+    """Where a payer sees that the order is paid: its page for its owner, the checkout for anybody else."""
+    if caller is not None and caller.user_id == owner_id:
+        return f"/billing/orders/{order.id}"
+    return f"/checkout/{provider}/{order.number}"
+
+
 @routes.page("GET", "/checkout/sandbox/{number}", access=Access.PUBLIC)
-async def checkout_page(request: web.Request, number: str) -> web.Response:
+async def checkout_page(request: web.Request, caller: Caller | None, number: str) -> web.Response:
     """The sandbox's payment page, for whoever knows the order's number."""
-    order, _ = await request.app[ORDERS].numbered(_sandbox(request).name, number, _origin(request))
-    return render(request, "billing/checkout_sandbox.html", {"order": order})
+    name = _sandbox(request).name
+    order, owner_id = await request.app[ORDERS].numbered(name, number, origin_of(request))
+    context = {"order": order, "next_page": _next_page(caller, order, owner_id, name), "errors": {}}
+    return render(request, "billing/checkout_sandbox.html", context)
 
 
 @routes.page("POST", "/checkout/sandbox/{number}", access=Access.PUBLIC)
 async def pay(request: web.Request, caller: Caller | None, number: str) -> web.StreamResponse:
     """Let the sandbox report a payment, a failure or nothing, and go to where the order's state is seen."""
     sandbox = _sandbox(request)
-    order, owner_id = await request.app[ORDERS].numbered(sandbox.name, number, _origin(request))
+    order, owner_id = await request.app[ORDERS].numbered(sandbox.name, number, origin_of(request))
+    next_page = _next_page(caller, order, owner_id, sandbox.name)
 
     async def report(form: Outcome) -> str:
         own_url = request.app[OWN_URL]()
@@ -230,28 +172,40 @@ async def pay(request: web.Request, caller: Caller | None, number: str) -> web.S
             await sandbox.deliver(order, await sandbox.pay(order), "succeeded", own_url)
         elif form.outcome == "fail" and order.state is OrderState.PENDING:
             await sandbox.deliver(order, sandbox.new_event_id(), "failed", own_url)
-        is_owner = caller is not None and caller.user_id == owner_id
-        return f"/billing/orders/{order.id}" if is_owner else f"/checkout/sandbox/{number}"
+        return next_page
 
-    return await submit(request, Outcome, report, "billing/checkout_sandbox.html", {"order": order})
+    context = {"order": order, "next_page": next_page}
+    return await submit(request, Outcome, report, "billing/checkout_sandbox.html", context)
 
 
 @routes.page("GET", "/checkout/{provider}/{number}", access=Access.PUBLIC)
-async def begin_page(request: web.Request, provider: str, number: str) -> web.Response:
+async def begin_page(request: web.Request, caller: Caller | None, provider: str, number: str) -> web.Response:
     """From here whoever knows an order's number goes on to its provider."""
     chosen = _provider(request, provider)
-    order, _ = await request.app[ORDERS].numbered(provider, number, _origin(request))
-    return render(request, "billing/checkout.html", {"order": order, "provider": chosen.title})
+    order, owner_id = await request.app[ORDERS].numbered(provider, number, origin_of(request))
+    context = {
+        "order": order,
+        "provider": chosen.title,
+        "next_page": _next_page(caller, order, owner_id, provider),
+    }
+    return render(request, "billing/checkout.html", context)
 
 
 @routes.page("POST", "/checkout/{provider}/{number}", access=Access.PUBLIC)
-async def begin(request: web.Request, provider: str, number: str) -> web.Response:
+async def begin(request: web.Request, caller: Caller | None, provider: str, number: str) -> web.Response:
     """Begin the payment: the provider's page, or the QR code that a wallet reads."""
-    chosen, origin = _provider(request, provider), _origin(request)
-    order, _ = await request.app[ORDERS].numbered(provider, number, origin)
+    chosen, origin = _provider(request, provider), origin_of(request)
+    order, owner_id = await request.app[ORDERS].numbered(provider, number, origin)
     checkout = await request.app[ORDERS].open_checkout(chosen, number, origin)
     qr_code = segno.make(checkout.qr_text).svg_data_uri(scale=6) if checkout.qr_text else ""
-    context = {"order": order, "provider": chosen.title, "url": checkout.url, "qr_code": qr_code}
+    context = {
+        "order": order,
+        "provider": chosen.title,
+        "url": checkout.url,
+        "qr_code": qr_code,
+        "checkout": f"/checkout/{provider}/{number}",
+        "next_page": _next_page(caller, order, owner_id, provider),
+    }
     return render(request, "billing/checkout_open.html", context)
 
 

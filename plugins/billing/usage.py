@@ -2,8 +2,9 @@
 
 import csv
 import io
+from calendar import monthrange
 from collections.abc import AsyncIterator
-from datetime import date, timedelta
+from datetime import date
 from decimal import Decimal
 from typing import Any, Final, Self
 from uuid import UUID
@@ -20,6 +21,7 @@ from server.interfaces import CLOCK, DATABASE
 
 DAYS: Final = 30
 MOST_DAYS: Final = 366
+MONTHS: Final = 3
 CHUNK: Final = 1000
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -90,9 +92,20 @@ class Usage:
 
     def period(self, query: PeriodQuery) -> tuple[date, date]:
         """The days asked for, what is missing filled in."""
-        last = query.last or (query.first + timedelta(days=DAYS - 1) if query.first else None)
-        last = last or self._clock.now().date()
-        return query.first or last - timedelta(days=DAYS - 1), last
+        if query.first and not query.last:
+            return query.first, _days_away(query.first, DAYS - 1)
+        last = query.last or self._clock.now().date()
+        return query.first or _days_away(last, 1 - DAYS), last
+
+    def latest_months(self) -> list[tuple[date, date]]:
+        """The first and the last day of this month and of the two before it."""
+        months: list[tuple[date, date]] = []
+        last = self._clock.now().date()
+        last = last.replace(day=monthrange(last.year, last.month)[1])
+        for _ in range(MONTHS):
+            months.append((last.replace(day=1), last))
+            last = _days_away(last.replace(day=1), -1)
+        return months
 
     async def by_day(self, user_id: UUID, query: PeriodQuery) -> UsageReport:
         """What each phone cost on each day."""
@@ -200,6 +213,11 @@ class Usage:
 
 
 USAGE: Final = web.AppKey("USAGE", Usage)
+
+
+def _days_away(day: date, days: int) -> date:
+    """Another day, as far as the calendar goes."""
+    return date.fromordinal(min(max(day.toordinal() + days, 1), date.max.toordinal()))
 
 
 def _cell(text: str) -> str:

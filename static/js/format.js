@@ -23,6 +23,18 @@ export function fileSize(bytes) {
   }).format(size);
 }
 
+/** A length of time in its two largest units, as the server writes it; a minute is the least. */
+export function stretch(seconds) {
+  const minutes = Math.max(1, Math.floor(seconds / 60));
+  const parts = [["day", Math.floor(minutes / 1440)], ["hour", Math.floor(minutes / 60) % 24], ["minute", minutes % 60]];
+  const first = parts.findIndex(([, count]) => count);
+  return parts
+    .slice(first, first + 2)
+    .filter(([, count]) => count)
+    .map(([unit, count]) => new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "short" }).format(count))
+    .join(" ");
+}
+
 /** A share of one, such as 43 %. */
 export function percent(share) {
   return new Intl.NumberFormat(language, { style: "percent" }).format(share);
