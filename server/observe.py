@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from server.clock import Clock, Randomness
-from server.request_keys import REQUEST_ID
+from server.request_keys import REQUEST_ID, UNLOGGED
 
 log: Final = logging.getLogger("cloudphone")
 
@@ -141,7 +141,8 @@ def _count(metrics: Metrics, request: web.Request, status: int, took_s: float) -
     requests, latency = metrics.answered(request.method, route, status)
     requests.inc()
     latency.observe(took_s)
-    if request.method not in {"GET", "HEAD"} or status >= 400 or took_s > SLOW_REQUEST_S:
+    is_change = request.method not in {"GET", "HEAD"} and not request.get(UNLOGGED)
+    if is_change or status >= 400 or took_s > SLOW_REQUEST_S:
         log.info(
             "request",
             extra={
