@@ -27,6 +27,7 @@ from server.auth import Access, authenticate
 from server.errors import Code, Problem, not_found
 from server.i18n import N_
 from server.idempotency import IDEMPOTENCY
+from server.request_keys import UNLOGGED
 
 API_PREFIX = "/api/v1"
 MAX_JSON_BYTES = 1 << 20
@@ -116,6 +117,7 @@ class Route:
     location: str | None
     media: str | None
     upload: Upload | None
+    is_logged: bool
     tag: str
     body: type[BaseModel] | None
     query: type[BaseModel] | None
@@ -162,10 +164,15 @@ class Routes:
         location: str | None = None,
         media: str | None = None,
         upload: Upload | None = None,
+        is_logged: bool = True,
     ) -> Callable[[Handler], Handler]:
-        """Declare an operation of the JSON API; `media` where it answers something else than JSON."""
+        """Declare an operation of the JSON API; `media` where it answers something else than JSON.
+
+        One that is not `is_logged` keeps its own record of what it did, and logs refusals and faults alone.
+        """
         return self._declare(
-            Kind.API, method, API_PREFIX + path, access, status, problems, location, media, upload
+            *(Kind.API, method, API_PREFIX + path, access, status, problems, location, media, upload),
+            is_logged=is_logged,
         )
 
     def socket(
@@ -189,6 +196,8 @@ class Routes:
         location: str | None,
         media: str | None,
         upload: Upload | None,
+        *,
+        is_logged: bool = True,
     ) -> Callable[[Handler], Handler]:
         def declare(handler: Handler) -> Handler:
             hints = inspect.get_annotations(handler, eval_str=True)
@@ -210,6 +219,7 @@ class Routes:
                     location=location,
                     media=media,
                     upload=upload,
+                    is_logged=is_logged,
                     tag=self.tag,
                     body=hints.get("body"),
                     query=hints.get("query"),
@@ -234,6 +244,7 @@ def endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespon
     """The aiohttp handler of a declared route: authenticate, parse, call, encode."""
 
     async def serve(request: web.Request) -> web.StreamResponse:
+        request[UNLOGGED] = not route.is_logged
         caller = await authenticate(request, route.access, is_socket=route.kind is Kind.SOCKET)
         arguments: dict[str, Any] = {}
         for name in route.wanted:

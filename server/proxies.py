@@ -14,7 +14,7 @@ def believing(trusted: Networks) -> Middleware:
 
     @web.middleware
     async def believe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if _is_within(request.remote, trusted):
+        if trusted and _is_within(request.remote, trusted):
             request = _as_forwarded(request, trusted)
         return await handler(request)
 

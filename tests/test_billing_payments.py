@@ -230,3 +230,21 @@ async def test_a_callback_that_cannot_be_settled_does_not_spoil_the_others(open_
     assert await balance_of(client) == WELCOME + 4 * 5000
     assert await state_of(client, orders[2]) == "pending"
     assert await events_of(bank, orders[2]) == ["succeeded"], "kept although nothing could follow"
+
+
+async def test_a_callback_that_is_taken_leaves_a_row_and_no_line_in_the_log(
+    bank: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await bank.sign_up()
+    order = await order_of(client)
+    body = report(order)
+    with caplog.at_level("INFO", logger="cloudphone"):
+        assert (await deliver(bank, body, "forged")).status == 401
+        assert (await deliver(bank, body)).status == 200
+        assert (await client.post(f"/billing/orders/{order['id']}/cancel")).status == 409
+    lines = [vars(record) for record in caplog.records if record.message == "request"]
+    assert [(line["path"].rpartition("/")[2], line["status"]) for line in lines] == [
+        ("sandbox", 401),
+        ("cancel", 409),
+    ]
+    assert await events_of(bank, order) == ["succeeded"]

@@ -249,13 +249,19 @@ class Payments:
         wanted = list(batch.payments.values())
         rows = await tx.fetch(
             """
-            INSERT INTO payments (order_id, payment_id, amount, state, reason)
-            SELECT w.order_id, w.payment_id, w.amount,
-                CASE w.reason WHEN '' THEN 'credited' ELSE 'unapplied' END, w.reason
-            FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::text[])
-                AS w (order_id, payment_id, amount, reason)
-            ON CONFLICT (order_id, payment_id) DO NOTHING
-            RETURNING order_id, payment_id
+            WITH booked AS (
+                INSERT INTO payments (order_id, payment_id, amount, state, reason)
+                SELECT w.order_id, w.payment_id, w.amount,
+                    CASE w.reason WHEN '' THEN 'credited' ELSE 'unapplied' END, w.reason
+                FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::text[])
+                    AS w (order_id, payment_id, amount, reason)
+                ON CONFLICT (order_id, payment_id) DO NOTHING
+                RETURNING order_id, payment_id, state
+            ), paid AS (
+                UPDATE orders o SET state = 'paid', paid_at = now(), next_ask_at = NULL
+                FROM booked b WHERE o.id = b.order_id AND b.state = 'credited' AND o.state = 'pending'
+            )
+            SELECT order_id, payment_id FROM booked
             """,
             [payment.order["id"] for payment in wanted],
             [payment.payment_id for payment in wanted],
@@ -265,12 +271,6 @@ class Payments:
         booked = {(row["order_id"], row["payment_id"]) for row in rows}
         new = [payment for payment in wanted if (payment.order["id"], payment.payment_id) in booked]
         credited = [payment.order for payment in new if not payment.reason]
-        if credited:
-            await tx.execute(
-                "UPDATE orders SET state = 'paid', paid_at = now(), next_ask_at = NULL"
-                " WHERE id = ANY ($1) AND state = 'pending'",
-                [order["id"] for order in credited],
-            )
         posted = await self._accounts.post(tx, [_posting(payment) for payment in new])
         title, body, added = (
             N_("Order {number} is paid"),

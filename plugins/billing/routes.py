@@ -96,7 +96,7 @@ async def cancel(request: web.Request, caller: Caller, order_id: UUID) -> Order:
     return await request.app[ORDERS].cancel(caller, order_id, origin_of(request))
 
 
-@routes.api("POST", "/billing/payments/{provider}", access=Access.PUBLIC, problems=(
+@routes.api("POST", "/billing/payments/{provider}", access=Access.PUBLIC, is_logged=False, problems=(
     Code.BAD_SIGNATURE, Code.UNKNOWN_ORDER, Code.ORDER_CLOSED, Code.AMOUNT_MISMATCH))  # fmt: skip
 async def payment(request: web.Request, provider: str) -> Acknowledgement | web.Response:
     """The payment provider's callback; it may be repeated.

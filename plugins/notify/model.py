@@ -146,3 +146,9 @@ class Draft:
     body: str
     params: Mapping[str, object] | None
     data: Mapping[str, object]
+
+    def numbered(self, id: int, created_at: datetime, read_at: datetime | None) -> Letter:
+        """The letter that this has become."""
+        return Letter(
+            id, self.topic.value, self.title, self.body, self.params, dict(self.data), created_at, read_at
+        )

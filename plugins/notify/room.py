@@ -80,7 +80,9 @@ class Notifications:
     def _note_letter(self, user_id: UUID, letter: Letter) -> None:
         if letter.title:
             inbox = self._inboxes[user_id]
-            newest_first = sorted((letter, *inbox.recent), key=lambda recent: recent.id, reverse=True)
+            newest_first: Sequence[Letter] = (letter, *inbox.recent)
+            if inbox.recent and inbox.recent[0].id > letter.id:
+                newest_first = sorted(newest_first, key=lambda recent: recent.id, reverse=True)
             inbox.recent = tuple(newest_first[:RECENT])
 
     def facts_of_page(self, request: web.Request) -> Mapping[str, object]:
@@ -180,10 +182,9 @@ class Notifications:
                 SELECT user_id, last_id - letters + place, topic, title, body, params, data,
                     CASE WHEN title = '' THEN now() END
                 FROM draft JOIN counter USING (user_id) JOIN added USING (user_id)
-                RETURNING user_id, id, topic, title, body, params, data, created_at, read_at
+                RETURNING user_id, id, created_at, read_at
             )
-            SELECT user_id, id, topic, title, body, params, data, created_at, read_at,
-                last_id, unread, revision
+            SELECT user_id, id, created_at, read_at, last_id, unread, revision
             FROM stored JOIN counter USING (user_id) ORDER BY user_id, id
             """,
             [draft.user_id for draft in drafts],
@@ -193,14 +194,15 @@ class Notifications:
             [draft.params for draft in drafts],
             [draft.data for draft in drafts],
         )
-        tx.after_commit(partial(self._deliver, rows))
+        in_order = sorted(drafts, key=lambda draft: draft.user_id)  # of one user's, the first stays first
+        tx.after_commit(partial(self._deliver, list(zip(in_order, rows, strict=True))))
 
-    def _deliver(self, rows: Iterable[Record]) -> None:
-        for row in rows:
-            letter = Letter.of(row)
+    def _deliver(self, stored: Iterable[tuple[Draft, Record]]) -> None:
+        for draft, row in stored:
+            letter = draft.numbered(row["id"], row["created_at"], row["read_at"])
             self._note_counters(row)
-            self._note_letter(row["user_id"], letter)
-            self._streams.ring(row["user_id"], letter)
+            self._note_letter(draft.user_id, letter)
+            self._streams.ring(draft.user_id, letter)
 
     # Reading
 
