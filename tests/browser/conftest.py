@@ -1,7 +1,7 @@
 """Headless Chromium, and a visitor who remembers whatever the pages complain of."""
 
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -26,6 +26,9 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+# What Chromium does to every request under way when an address of this machine comes or goes, as those of
+# containers' networks do in the tests beside this one.
+NETWORK_CHANGED = "ERR_NETWORK_CHANGED"
 # What an open page cannot help saying while its server is away.
 UNREACHABLE = ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
 
@@ -68,6 +71,25 @@ class Visitor:
     def _see(self, response: Response) -> None:
         if response.status >= 400:
             self._complain(f"{response.request.method} {response.url}: {response.status}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Visit again where the network was changed under the browser, and for no other reason."""
+    for item in items:
+        if "visitor" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=3, only_rerun=[NETWORK_CHANGED]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A visit that fails after its network was changed says so."""
+    try:
+        return (yield)
+    except BaseException as error:
+        visitor = pyfuncitem.funcargs.get("visitor")
+        if isinstance(visitor, Visitor) and any(NETWORK_CHANGED in one for one in visitor.complaints):
+            raise AssertionError(f"{NETWORK_CHANGED} during this visit") from error
+        raise
 
 
 @pytest.fixture
