@@ -197,8 +197,8 @@ class Notifications:
         in_order = sorted(drafts, key=lambda draft: draft.user_id)  # of one user's, the first stays first
         tx.after_commit(partial(self._deliver, list(zip(in_order, rows, strict=True))))
 
-    def _deliver(self, stored: Iterable[tuple[Draft, Record]]) -> None:
-        for draft, row in stored:
+    def _deliver(self, rows: Iterable[tuple[Draft, Record]]) -> None:
+        for draft, row in rows:
             letter = draft.numbered(row["id"], row["created_at"], row["read_at"])
             self._note_counters(row)
             self._note_letter(draft.user_id, letter)
