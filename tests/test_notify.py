@@ -285,7 +285,7 @@ async def test_a_doorbell_that_never_rang_loses_nothing(house: House, ann: Clien
     stream = await ann.socket("/notifications/stream")
     assert (await stream.receive_json(timeout=5))["last_id"] == 1
     room = house.app[NOTIFICATIONS]
-    deliver, room._deliver = room._deliver, lambda stored: None  # type: ignore[method-assign]  # a doorbell that does not ring
+    deliver, room._deliver = room._deliver, lambda rows: None  # type: ignore[method-assign]  # a doorbell that does not ring
     await tell(house, ann, "committed, and nobody heard")
     room._deliver = deliver  # type: ignore[method-assign]  # rings again
     await tell(house, ann, "heard")
