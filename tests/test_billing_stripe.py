@@ -33,7 +33,7 @@ from server.interfaces import DATABASE
 from tests.house import Client, House
 from tests.paying import (
     PLUGINS,
-    SANDBOX,
+    SECRET,
     WELCOME,
     OpenBank,
     administrator,
@@ -143,7 +143,7 @@ async def provider(standin: StripeStandin, clock: ShiftedClock) -> AsyncIterator
 def section(standin: StripeStandin, **keys: str) -> dict[str, object]:
     """[billing] with Stripe at the stand-in, and the sandbox."""
     stripe = {"secret_key": SECRET_KEY, "webhook_secret": WEBHOOK_SECRET, "api_url": standin.url, **keys}
-    return {"providers": {"sandbox": SANDBOX["providers"]["sandbox"], "stripe": stripe}}  # type: ignore[index]
+    return {"providers": {"sandbox": {"secret": SECRET}, "stripe": stripe}}
 
 
 def new_order(*, lasts_s: float = 900, amount: int = 5000) -> Payable:
